@@ -1,0 +1,104 @@
+"""Layers for machines without Transformer Engine: Megatron's own, with a norm for every layout.
+
+Megatron's local layers normalise with torch's norm wrapped in checks that refuse sequence
+parallelism, and so tensor parallelism with experts. The norm here marks its parameters as
+sequence parallel, which is all that Megatron needs to sum their gradients over the ranks.
+
+Shape letters: h = hidden size.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec_for_backend,
+)
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+_NORMS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+
+
+def build_norm(
+    config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
+) -> torch.nn.Module:
+    """Torch's norm over the last dimension [.., h], usable under sequence parallelism.
+
+    ``config.persist_layer_norm`` chooses among GPU kernels and has no meaning here.
+
+    Raises:
+        ValueError: ``normalization`` is not RMSNorm or LayerNorm, or its weight is stored as
+            the difference from one (``layernorm_zero_centered_gamma``).
+    """
+    if config.normalization not in _NORMS:
+        raise ValueError(
+            f"--normalization {config.normalization} needs Transformer Engine; "
+            f"without it use one of {sorted(_NORMS)}"
+        )
+    if config.layernorm_zero_centered_gamma:
+        raise ValueError(
+            "--apply-layernorm-1p needs Transformer Engine; without it leave the flag out"
+        )
+    norm = _NORMS[config.normalization](hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
+
+
+def build_local_block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
+) -> TransformerBlockSubmodules:
+    """Spec of the layers of this pipeline stage: Megatron's local ones, with :func:`build_norm`.
+
+    Dense layers (``moe_layer_freq``), shared experts, multi-latent attention and the norms of
+    queries and keys are as Megatron's own builder makes them.
+
+    Raises:
+        ValueError: as :func:`build_norm`, when the model is built.
+    """
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=False,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
+    layers = [_replace_norms(layer) for layer in block.layer_specs]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=build_norm)
+
+
+def build_local_mtp_spec(
+    config: TransformerConfig, block: TransformerBlockSubmodules, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Spec of the multi-token-prediction layers of this stage, or None where there are none.
+
+    They repeat the last layer of ``block``, as Megatron's own builder does.
+    """
+    if not config.mtp_num_layers:
+        return None
+    return get_gpt_mtp_block_spec_for_backend(config, block, _LocalBackend(), vp_stage=vp_stage)
+
+
+class _LocalBackend(LocalSpecProvider):
+    """Megatron's provider of local modules, with :func:`build_norm`."""
+
+    def layer_norm(self, *args: Any, **kwargs: Any) -> Any:
+        return build_norm
+
+
+def _replace_norms(spec: ModuleSpec) -> ModuleSpec:
+    """Copy a layer's spec with :func:`build_norm` wherever it holds Megatron's wrapped norm."""
+    changes: dict[str, Any] = {}
+    for name, value in vars(spec.submodules).items():
+        if value is WrappedTorchNorm:
+            changes[name] = build_norm
+        elif isinstance(value, ModuleSpec) and value.submodules is not None:
+            changes[name] = _replace_norms(value)
+    return replace(spec, submodules=replace(spec.submodules, **changes))

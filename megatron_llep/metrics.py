@@ -1,0 +1,168 @@
+"""What is logged, under which name, through Megatron's own tracker of MoE metrics.
+
+Letters: K metrics, L layers of the whole model (multi-token prediction layers last).
+
+Megatron's training log asks its tracker for a fixed list of router losses; the tracker below adds
+LLEP's to the same console line, TensorBoard writer and wandb run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.transformer.moe.moe_logging import (
+    MetricEntry,
+    MoEMetricsTracker,
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_llep.planner import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number per layer and micro-batch; averaged over micro-batches, then across layers."""
+
+    name: str
+    help: str
+    across_layers: Callable[[np.ndarray], np.floating]
+
+
+METRICS = (
+    Metric(
+        name="overload_factor_before",
+        help="most loaded rank's tokens / mean, as plain expert parallelism would run; worst layer",
+        across_layers=np.max,
+    ),
+    Metric(
+        name="overload_factor_after",
+        help="most loaded rank's tokens / mean, as it ran; worst layer",
+        across_layers=np.max,
+    ),
+    Metric(
+        name="max_tokens_before",
+        help="(token, expert) pairs on the most loaded rank under plain EP; worst layer",
+        across_layers=np.max,
+    ),
+    Metric(
+        name="max_tokens_after",
+        help="(token, expert) pairs that the most loaded rank computed; worst layer",
+        across_layers=np.max,
+    ),
+    Metric(
+        name="lent_experts",
+        help="experts lent, all ranks of one expert-parallel group; sum over layers",
+        across_layers=np.sum,
+    ),
+    Metric(
+        name="lent_mib",
+        help="weights lent, MiB, all ranks of one expert-parallel group; sum over layers",
+        across_layers=np.sum,
+    ),
+    Metric(
+        name="fallback_rate",
+        help="share of layers and micro-batches that ran plain expert parallelism",
+        across_layers=np.mean,
+    ),
+    Metric(name="plan_ms", help="time to plan, ms; sum over layers", across_layers=np.sum),
+)
+PREFIX = "moe/llep/"
+
+
+class LLEPMetricsTracker(MoEMetricsTracker):
+    """Megatron's tracker, which also sums up what each layer's plans did."""
+
+    def __init__(self, metrics: dict[str, MetricEntry] | None = None):
+        super().__init__()
+        self._metrics = metrics or {}
+        self._sums: dict[int, np.ndarray] = {}  # layer -> [1 + K], the number of plans first
+
+    def record_layer(self, layer: int, values: dict[str, float]) -> None:
+        """Add one plan's metrics; `layer` counts from 0 over the whole model."""
+        row = np.array([1.0, *(values[metric.name] for metric in METRICS)])
+        self._sums[layer] = self._sums.get(layer, 0) + row
+
+    def report(self, loss_scale, iteration, writer=None, wandb_writer=None, **kwargs) -> str:
+        """Report Megatron's metrics, then LLEP's; every rank must call it, as it reduces."""
+        line = super().report(loss_scale, iteration, writer, wandb_writer, **kwargs)
+        num_layers = (kwargs.get("num_layers") or 0) + (kwargs.get("mtp_num_layers") or 0)
+        per_layer = self._reduce(num_layers, kwargs.get("pg_collection"))
+        self._sums.clear()
+        ran = per_layer[0] > 0
+        if not ran.any():
+            return line
+
+        scalars = {}
+        for metric, values in zip(METRICS, per_layer[1:], strict=True):
+            values = values[ran] / per_layer[0][ran]
+            scalars[PREFIX + metric.name] = float(metric.across_layers(values))
+            line += f" {metric.name}: {scalars[PREFIX + metric.name]:.2f} |"
+            if kwargs.get("per_layer_logging"):
+                layers = np.flatnonzero(ran)
+                for layer, value in zip(layers, values, strict=True):
+                    scalars[f"{PREFIX}{metric.name}_layer_{layer}"] = float(value)
+        self._log_scalars(scalars, iteration, writer, wandb_writer)
+        return line
+
+    def clear(self) -> None:
+        """Forget all values, as Megatron does after evaluation."""
+        super().clear()
+        self._sums.clear()
+
+    def _reduce(self, num_layers: int, pg_collection) -> np.ndarray:
+        """[1 + K, L] sums over this rank's pipeline, averaged over data-parallel ranks."""
+        table = torch.zeros(1 + len(METRICS), num_layers)
+        for layer, row in self._sums.items():
+            table[:, layer] = torch.from_numpy(row)
+        if torch.cuda.is_available():
+            table = table.cuda()
+        self._metrics["llep"] = MetricEntry(values=table)
+        self._sync_metrics(["llep"], pg_collection)
+        del self._metrics["llep"]
+        return table.cpu().numpy()
+
+
+def install_tracker() -> None:
+    """Put our tracker in the place of Megatron's; call it on every rank, with MoE layers or not."""
+    tracker = get_moe_metrics_tracker()
+    if not isinstance(tracker, LLEPMetricsTracker):
+        set_moe_metrics_tracker(LLEPMetricsTracker(tracker.metrics))
+
+
+def record_plan(
+    plan: Plan,
+    *,
+    layer_number: int,
+    is_mtp_layer: bool,
+    config: TransformerConfig,
+    expert_bytes: int,
+    plan_seconds: float,
+) -> None:
+    """Record what one plan did, if our tracker is in place.
+
+    Args:
+        plan: the plan of this layer and micro-batch.
+        layer_number: from 1, as Megatron counts; multi-token prediction layers from 1 again.
+        is_mtp_layer: whether this is such a layer.
+        config: of the model.
+        expert_bytes: bytes of one expert's weights on one rank.
+        plan_seconds: time the plan took.
+    """
+    tracker = get_moe_metrics_tracker()
+    if not isinstance(tracker, LLEPMetricsTracker):
+        return
+    lent = len(plan.transfers)
+    values = {
+        "overload_factor_before": plan.imbalance_before,
+        "overload_factor_after": plan.imbalance_after,
+        "max_tokens_before": plan.load_per_rank_before.max(),
+        "max_tokens_after": plan.load_per_rank_after.max(),
+        "lent_experts": lent,
+        "lent_mib": lent * expert_bytes / 2**20,
+        "fallback_rate": plan.is_fallback,
+        "plan_ms": plan_seconds * 1e3,
+    }
+    tracker.record_layer(layer_number - 1 + is_mtp_layer * config.num_layers, values)

@@ -1,0 +1,156 @@
+"""The MoE layer with LLEP: Megatron's `MoELayer`, with a plan between routing and dispatch.
+
+Letters: T tokens of this rank, E experts, H hidden size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_llep.config import LLEPConfig
+from megatron_llep.experts import LendableExperts
+from megatron_llep.lending import Loan, gate, lend, start_lending
+from megatron_llep.metrics import record_plan
+from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
+from megatron_llep.validation import check_layer
+
+
+@dataclass
+class LendingGroups:
+    """Process groups for lending, one for each expert-parallel group, shared by a model's layers.
+
+    A group of its own lets weights travel while tokens do.
+    """
+
+    _by_ranks: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+
+    def like(self, ep_group: dist.ProcessGroup) -> dist.ProcessGroup:
+        """The lending group with the ranks of `ep_group`; its ranks call this in the same order."""
+        ranks = tuple(dist.get_process_group_ranks(ep_group))
+        if ranks not in self._by_ranks:
+            self._by_ranks[ranks] = dist.new_group(
+                list(ranks), use_local_synchronization=True, group_desc="LLEP_LENDING"
+            )
+        return self._by_ranks[ranks]
+
+
+class LLEPMoELayer(MoELayer):
+    """An MoE layer that lends hot experts to idle ranks. Parameters and routing are Megatron's."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        *,
+        llep: LLEPConfig,
+        groups: LendingGroups,
+    ):
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self._start_llep(llep, groups, pg_collection)
+
+    @classmethod
+    def convert(
+        cls,
+        layer: MoELayer,
+        *,
+        llep: LLEPConfig,
+        groups: LendingGroups,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        """Turn a built `MoELayer` into this class, in place: same parameters, same module.
+
+        Raises:
+            ValueError: if the layer is of a subclass, whose own behaviour would be lost.
+        """
+        if type(layer) is not MoELayer:
+            raise ValueError(
+                f"--moe-llep: cannot convert a {type(layer).__name__}; "
+                "only megatron.core's MoELayer itself is supported"
+            )
+        layer.__class__ = cls
+        layer._start_llep(llep, groups, pg_collection)
+
+    def _start_llep(
+        self, llep: LLEPConfig, groups: LendingGroups, pg_collection: ProcessGroupCollection
+    ) -> None:
+        check_layer(self, llep)
+        self.llep = llep
+        self.lendable = LendableExperts(self.experts)
+        self.lending_group = groups.like(pg_collection.ep)
+        self.token_dispatcher = LLEPTokenDispatcher(
+            self.num_local_experts,
+            self.local_expert_indices,
+            self.config,
+            pg_collection,
+            llep=llep,
+        )
+        if self.use_shared_expert and self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        # Lives between preprocess and expert compute of one forward.
+        self._loan: Loan | None = None
+
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Plan, start lending, and order the tokens for dispatch.
+
+        Args:
+            hidden_states: [..., H], T tokens.
+            probs: [T, E].
+            routing_map: bool [T, E].
+        """
+        decision = self.token_dispatcher.decide(routing_map, trains=self.lendable.trains())
+        self._record(decision)
+        if not decision.plan.is_fallback:
+            self.lendable.wait_for_parameters()
+            self._loan = start_lending(
+                decision.plan,
+                self.lendable.weights(),
+                group=self.lending_group,
+                grad_dtype=self._grad_dtype(),
+                returns=decision.trains,
+            )
+            hidden_states = gate(self._loan, hidden_states)
+        return super().preprocess(hidden_states, probs, routing_map)
+
+    def routed_experts_compute(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Run native and foreign experts on the tokens that arrived."""
+        loan, self._loan = self._loan, None
+        if loan is None:
+            return super().routed_experts_compute(hidden_states, probs)
+        hidden_states, tokens_per_slot, probs = self.token_dispatcher.dispatch_postprocess(
+            hidden_states, probs
+        )
+        hidden_states, foreign = lend(loan, hidden_states)
+        output = self.lendable.compute(hidden_states, tokens_per_slot, probs, foreign)
+        return self.token_dispatcher.combine_preprocess(output), None
+
+    def _grad_dtype(self) -> torch.dtype:
+        if self.llep.grad_dtype == "fp32":
+            # Not for fp64 parameters, whose gradients must not lose digits on the way.
+            return torch.promote_types(torch.float32, self.lendable.dtype)
+        return self.lendable.dtype
+
+    def _record(self, decision: Decision) -> None:
+        # Megatron's own rule for router metrics: a recomputed layer then counts once.
+        if self.training and torch.is_grad_enabled():
+            record_plan(
+                decision.plan,
+                layer_number=self.layer_number,
+                is_mtp_layer=self.is_mtp_layer,
+                config=self.config,
+                expert_bytes=self.lendable.expert_bytes,
+                plan_seconds=decision.plan_seconds,
+            )

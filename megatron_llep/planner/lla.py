@@ -1,0 +1,90 @@
+"""Least-Loaded Assignment, the planner of the LLEP paper (arXiv 2601.17111, Algorithms 2 and 3).
+
+Shape letters: P ranks, E experts, M = E / P experts native to a rank.
+"""
+
+import math
+
+import numpy as np
+
+
+def lla_quota(
+    loads: np.ndarray,
+    num_ranks: int,
+    max_foreign: int,
+    *,
+    capacity_factor: float,
+    min_tokens_per_gemm: int,
+) -> np.ndarray:
+    """Quotas of Algorithm 2 (LLA), which spills with Algorithm 3 (LLAS).
+
+    The paper keeps two loads per rank: assigned (g_a) and pending (g_p, native experts not yet
+    visited). Here `load` is their sum, the *effective load*. No rank should exceed the capacity
+    m_alpha = alpha * total / P. Experts are visited from the most to the fewest tokens (lowest
+    id first among equals). With g_p reduced by the expert's v tokens, its home has room for
+    na = m_alpha - g_a - g_p = m_alpha - load + v of them:
+
+    - na >= v: home takes all;
+    - 0 < na < v: home takes na, v - na spill;
+    - na <= 0: all v spill.
+
+    In every case min(v, load - m_alpha) tokens spill, if that is positive.
+
+    LLAS gives r spilled tokens away in rounds. It goes through the other ranks from the least
+    effective load up (lowest id first) and gives the first one with room c = min(r, m_alpha -
+    load) tokens, but skips a rank where c < m and c < r; if every rank is full or skipped, the
+    least loaded takes all r, above the capacity. The room falls along that order, so a round
+    always ends at the least-loaded rank, which takes either c or r.
+
+    What differs from the paper:
+
+    - m_alpha is rounded up to whole tokens (down, alpha = 1 could not hold all tokens).
+    - Slot bound: a rank that holds `max_foreign` foreign experts is no candidate for a further
+      one. If no rank is left, the rest of the expert's tokens stay at home.
+
+    Args:
+        loads: int64 [E] tokens per expert.
+        num_ranks: P, divides E.
+        max_foreign: most foreign experts per rank, 0 .. M.
+        capacity_factor: alpha, at least 1.
+        min_tokens_per_gemm: m, the fewest tokens worth a GEMM of their own.
+
+    Returns:
+        int64 [E, P] tokens of each expert that each rank computes.
+    """
+    P = num_ranks
+    M = len(loads) // P
+    load = loads.reshape(P, M).sum(axis=1).tolist()
+    # Rounded first, so that 1.1 * 10 is 11 and not a token more.
+    capacity = math.ceil(round(capacity_factor * sum(load) / P, 6))
+    free_slots = [max_foreign] * P
+    left = loads.tolist()
+    spilled: dict[tuple[int, int], int] = {}
+
+    for expert in np.argsort(-loads, kind="stable").tolist():
+        home = expert // M
+        rest = min(left[expert], load[home] - capacity)
+        while rest > 0:
+            candidates = [
+                g for g in range(P) if g != home and (free_slots[g] or (expert, g) in spilled)
+            ]
+            if not candidates:
+                break
+            borrower = min(candidates, key=load.__getitem__)
+            chunk = min(rest, capacity - load[borrower])
+            if chunk <= 0 or chunk < min(rest, min_tokens_per_gemm):
+                chunk = rest
+            if (expert, borrower) not in spilled:
+                free_slots[borrower] -= 1
+            spilled[expert, borrower] = spilled.get((expert, borrower), 0) + chunk
+            left[expert] -= chunk
+            load[home] -= chunk
+            load[borrower] += chunk
+            rest -= chunk
+
+    quota = np.zeros((P * M, P), dtype=np.int64)
+    native_expert = np.arange(P * M)
+    quota[native_expert, native_expert // M] = left
+    for (expert, borrower), tokens in spilled.items():
+        quota[expert, borrower] = tokens
+    return quota

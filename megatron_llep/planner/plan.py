@@ -1,0 +1,165 @@
+"""The result of planning one MoE layer for one micro-batch.
+
+Shape letters: P ranks of the expert-parallel group, E experts, M = E / P experts native to a
+rank, S foreign slots per rank in this plan, n transfers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Which rank computes how many tokens of which expert. Arrays are int64 and read-only.
+
+    Expert e is native to rank e // M; any other rank that computes some of its tokens holds it
+    in a foreign slot for this micro-batch. Build a plan with `plan_from_quota`.
+    """
+
+    quota: np.ndarray
+    """[E, P] tokens of expert e that rank g computes; a row sums to the expert's load."""
+    foreign_experts: np.ndarray
+    """[P, S] experts in each rank's foreign slots, ascending, then -1 for the empty slots."""
+    transfers: np.ndarray
+    """[n, 3] rows (expert, home, borrower), sorted by home, then borrower, then expert."""
+    is_fallback: bool
+    """Nothing is lent: plain expert parallelism, every token is computed at its expert's home."""
+    imbalance_before: float
+    """Largest load of a rank / mean load under plain expert parallelism; 1.0 without tokens."""
+    imbalance_after: float
+    """The same under this plan."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.quota.shape[0]
+
+    @property
+    def num_ranks(self) -> int:
+        """P."""
+        return self.quota.shape[1]
+
+    @property
+    def experts_per_rank(self) -> int:
+        """M, the native slots of a rank."""
+        return self.num_experts // self.num_ranks
+
+    @property
+    def max_foreign(self) -> int:
+        """S, the most foreign experts that any rank has; 0 when nothing is lent."""
+        return self.foreign_experts.shape[1]
+
+    @property
+    def load_per_rank_before(self) -> np.ndarray:
+        """[P] tokens per rank under plain expert parallelism."""
+        return self.quota.sum(axis=1).reshape(self.num_ranks, self.experts_per_rank).sum(axis=1)
+
+    @property
+    def load_per_rank_after(self) -> np.ndarray:
+        """[P] tokens per rank under this plan."""
+        return self.quota.sum(axis=0)
+
+    def validate(self, counts: np.ndarray, max_foreign: int) -> None:
+        """Check every invariant of a plan against the routing it was made for.
+
+        Args:
+            counts: [P, E] tokens that each rank routes to each expert.
+            max_foreign: the bound on foreign experts per rank the plan was made with.
+
+        Raises:
+            ValueError: the first invariant that does not hold, with where it fails.
+        """
+        P, E = self.num_ranks, self.num_experts
+        if counts.shape != (P, E):
+            raise ValueError(f"plan is for [P, E] = [{P}, {E}], counts are {list(counts.shape)}")
+        if (self.quota < 0).any():
+            raise ValueError(f"negative quota at (expert, rank) {_first(self.quota < 0)}")
+        off = self.quota.sum(axis=1) != counts.sum(axis=0)
+        if off.any():
+            raise ValueError(f"quotas of expert {_first(off)[0]} do not sum to its load")
+        held = self.foreign_experts >= 0
+        native = held & (self.foreign_experts // self.experts_per_rank == np.arange(P)[:, None])
+        if native.any():
+            raise ValueError(f"a foreign slot holds a native expert: (rank, slot) {_first(native)}")
+        over = held.sum(axis=1) > max_foreign
+        if over.any():
+            raise ValueError(f"rank {_first(over)[0]} has more than {max_foreign} foreign experts")
+        expected = plan_from_quota(self.quota)
+        for name in ("foreign_experts", "transfers"):
+            if not np.array_equal(getattr(self, name), getattr(expected, name)):
+                raise ValueError(f"{name} do not follow from the quotas")
+        for name in ("is_fallback", "imbalance_before", "imbalance_after"):
+            if getattr(self, name) != getattr(expected, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, the quotas give {getattr(expected, name)}"
+                )
+
+
+def plan_from_quota(quota: np.ndarray) -> Plan:
+    """Derive slots, transfers and imbalances from the quotas alone.
+
+    Args:
+        quota: int64 [E, P], non-negative, P divides E. The plan keeps it and makes it read-only.
+    """
+    E, P = quota.shape
+    M = E // P
+    flat = np.flatnonzero((quota != 0).ravel())
+    expert, rank = flat // P, flat % P
+    lent = rank != expert // M
+    expert, rank = expert[lent], rank[lent]
+    # flatnonzero sorts by expert, so stable sorts keep experts ascending within their group.
+    by_rank = np.argsort(rank, kind="stable")
+    foreign_experts = _fill_slots(expert[by_rank], rank[by_rank], P)
+    home = expert // M
+    by_pair = np.argsort(home * P + rank, kind="stable")
+    transfers = np.stack([expert[by_pair], home[by_pair], rank[by_pair]], axis=1)
+    for array in (quota, foreign_experts, transfers):
+        array.setflags(write=False)
+    return Plan(
+        quota=quota,
+        foreign_experts=foreign_experts,
+        transfers=transfers,
+        is_fallback=len(transfers) == 0,
+        imbalance_before=imbalance_of(quota.sum(axis=1).reshape(P, M).sum(axis=1)),
+        imbalance_after=imbalance_of(quota.sum(axis=0)),
+    )
+
+
+def native_quota(loads: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Quotas of plain expert parallelism: [E, P] from loads [E], every token at its home."""
+    E = len(loads)
+    quota = np.zeros((E, num_ranks), dtype=np.int64)
+    quota[np.arange(E), np.arange(E) // (E // num_ranks)] = loads
+    return quota
+
+
+def imbalance_of(rank_loads: np.ndarray) -> float:
+    """Largest / mean of the loads [P]; 1.0 when all are zero."""
+    total = int(rank_loads.sum())
+    return int(rank_loads.max()) * len(rank_loads) / total if total else 1.0
+
+
+def slot_of_expert(plan: Plan) -> np.ndarray:
+    """[P, E] slot (0 .. M+S-1) of each expert on each rank, -1 where the rank lacks it."""
+    P, E, M = plan.num_ranks, plan.num_experts, plan.experts_per_rank
+    slot = np.full((P, E), -1, dtype=np.int64)
+    expert = np.arange(E)
+    slot[expert // M, expert] = expert % M
+    rank, foreign_slot = np.nonzero(plan.foreign_experts >= 0)
+    slot[rank, plan.foreign_experts[rank, foreign_slot]] = M + foreign_slot
+    return slot
+
+
+def _fill_slots(expert: np.ndarray, rank: np.ndarray, P: int) -> np.ndarray:
+    """[P, S] from parallel lists of lent experts and their ranks, sorted by rank."""
+    held = np.bincount(rank, minlength=P)
+    slots = np.full((P, int(held.max())), -1, dtype=np.int64)
+    first = np.cumsum(held) - held
+    slots[rank, np.arange(len(rank)) - first[rank]] = expert
+    return slots
+
+
+def _first(mask: np.ndarray) -> tuple[int, ...]:
+    """Index of the first true element."""
+    return tuple(int(i) for i in np.argwhere(mask)[0])

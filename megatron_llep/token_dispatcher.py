@@ -1,0 +1,162 @@
+"""Token dispatch over physical slots: Megatron's all-to-all dispatcher, with a plan.
+
+Letters: T tokens of this rank, H hidden size, E experts, P ranks, M native and S foreign slots a
+rank, R = P * tp sources (expert-parallel major; tp is the expert-tensor-parallel size), N pairs.
+
+The plan changes only which slot a (token, expert) pair goes to. With E experts replaced by
+P * (M + S) slots, Megatron's own exchange, gather, sort and combine work as they are; what is
+overridden here is where the slots and split sizes come from.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_llep.config import LLEPConfig
+from megatron_llep.placement import order_chunks, place_tokens
+from megatron_llep.planner import Plan, make_plan, receives, sends, slot_of_expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What all ranks know, and have decided alike, before a layer's tokens move."""
+
+    routing_map: torch.Tensor
+    """bool [T, E], the routing that was counted."""
+    counts: np.ndarray
+    """int64 [R, E], tokens from each source to each expert."""
+    plan: Plan
+    trains: bool
+    """Whether some rank needs gradients of its experts' weights."""
+    plan_seconds: float
+
+
+class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
+    """Sends tokens to the slots of a plan made from this micro-batch's counts."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        *,
+        llep: LLEPConfig,
+    ):
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        self.llep = llep
+        self.num_native = num_local_experts
+        self.decision: Decision | None = None
+
+    @property
+    def source(self) -> int:
+        """This rank's index among the R sources."""
+        return self.ep_rank * self.tp_size + self.tp_rank
+
+    def decide(self, routing_map: torch.Tensor, *, trains: bool = True) -> Decision:
+        """Gather all ranks' counts and plan from them: one small all-gather, one host copy.
+
+        Args:
+            routing_map: bool [T, E].
+            trains: whether this rank's experts need weight gradients.
+        """
+        row = routing_map.sum(dim=0, dtype=torch.int64)
+        row = torch.cat((row, row.new_full((1,), trains)))
+        rows = row.new_empty(self.ep_size * self.tp_size * row.numel())
+        dist.all_gather_into_tensor(rows, row, group=self.tp_ep_group)
+        table = rows.view(-1, row.numel()).cpu().numpy()
+        counts = np.ascontiguousarray(table[:, :-1])
+
+        start = time.perf_counter()
+        plan = make_plan(
+            counts.reshape(self.ep_size, self.tp_size, -1).sum(axis=1),
+            planner=self.llep.planner,
+            max_foreign=self.llep.max_foreign_experts,
+            capacity_factor=self.llep.capacity_factor,
+            min_tokens_per_gemm=self.llep.min_tokens_per_gemm,
+            imbalance_threshold=self.llep.imbalance_threshold,
+        )
+        self.decision = Decision(
+            routing_map=routing_map,
+            counts=counts,
+            plan=plan,
+            trains=bool(table[:, -1].any()),
+            plan_seconds=time.perf_counter() - start,
+        )
+        return self.decision
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Order tokens by the slot they go to, and set the sizes of the exchange.
+
+        Args:
+            hidden_states: [..., H], T tokens.
+            routing_map: bool [T, E].
+            probs: [T, E].
+
+        Returns:
+            Tokens [N, H] and their probabilities [N], by physical slot.
+        """
+        decision = self.decision
+        if decision is None or decision.routing_map is not routing_map:
+            decision = self.decide(routing_map)
+        self.decision = None  # used once: a recomputed forward decides again
+        self.hidden_shape = hidden_states.shape
+        self.probs = probs
+        self.routing_map = routing_map
+        hidden_states = hidden_states.view(-1, self.hidden_shape[-1])
+        self.hidden_shape_before_permute = hidden_states.shape
+
+        self._set_slots(decision.plan.max_foreign)
+        to_ranks = sends(decision.plan, decision.counts, self.source, self.llep.token_assignment)
+        self._set_splits(decision, to_ranks)
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states.view(self.hidden_shape))
+        chunks = order_chunks(to_ranks, slot_of_expert(decision.plan), self.num_local_experts)
+        placement = place_tokens(routing_map, chunks)
+        self.reversed_local_input_permutation_mapping = placement.token_index
+        return (
+            hidden_states.index_select(0, placement.token_index),
+            probs.reshape(-1).index_select(0, placement.pair_index),
+        )
+
+    def _set_slots(self, num_foreign: int) -> None:
+        """Lay the parent's buffers out for M + S slots a rank."""
+        self.num_local_experts = self.num_native + num_foreign
+        self.num_experts = self.ep_size * self.num_local_experts
+        self.sort_input_by_local_experts, self.restore_output_by_local_experts = _chunk_orders(
+            self.num_local_experts, self.ep_size * self.tp_size
+        )
+
+    def _set_splits(self, decision: Decision, to_ranks: np.ndarray) -> None:
+        """Set the sizes of the parent's exchange and sort, all on the host."""
+        from_sources = receives(
+            decision.plan, decision.counts, self.ep_rank, self.llep.token_assignment
+        )
+        # [R, M+S] -> [tp, P, M+S]
+        per_slot = from_sources.reshape(self.ep_size, self.tp_size, -1).transpose(1, 0, 2)
+        per_rank = per_slot.sum(axis=2)
+        self.input_splits = to_ranks.sum(axis=0)
+        self.output_splits = per_rank[self.tp_rank]
+        self.output_splits_tp = per_rank.sum(axis=1)
+        self.num_global_tokens_per_local_expert = torch.from_numpy(
+            per_slot.reshape(-1, self.num_local_experts)
+        )
+        self.tokens_per_expert = torch.from_numpy(per_slot.sum(axis=(0, 1)))
+
+
+@lru_cache(maxsize=64)
+def _chunk_orders(slots_per_rank: int, num_sources: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order of (source, slot) chunks by slot, and its inverse: int64 [R * (M + S)] each."""
+    chunks = torch.arange(num_sources * slots_per_rank)
+    by_slot = chunks.reshape(num_sources, slots_per_rank).T.ravel()
+    by_source = chunks.reshape(slots_per_rank, num_sources).T.ravel()
+    return by_slot, by_source

@@ -1,0 +1,188 @@
+"""What LLEP refuses, at start-up and by flag: a wrong combination must never train silently."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_llep.config import LLEPConfig, flag_of
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """One Megatron setting that LLEP does not support."""
+
+    flag: str
+    is_set: Callable[[TransformerConfig], bool]
+    value: Callable[[TransformerConfig], object]
+    remedy: str
+
+
+def _field(name: str, flag: str, remedy: str, *, unless: tuple = (None, False)) -> Refusal:
+    """Refuse a configuration field unless it has one of the given values."""
+    return Refusal(
+        flag=flag,
+        is_set=lambda config: getattr(config, name, unless[0]) not in unless,
+        value=lambda config: getattr(config, name),
+        remedy=remedy,
+    )
+
+
+REFUSALS = (
+    _field(
+        "moe_token_dispatcher_type",
+        "--moe-token-dispatcher-type",
+        "LLEP extends the all-to-all dispatcher: use --moe-token-dispatcher-type alltoall",
+        unless=("alltoall",),
+    ),
+    _field(
+        "moe_expert_capacity_factor",
+        "--moe-expert-capacity-factor",
+        "LLEP balances instead of dropping tokens: leave the flag out",
+    ),
+    _field(
+        "moe_pad_expert_input_to_capacity",
+        "--moe-pad-expert-input-to-capacity",
+        "padded experts are equally loaded already: leave the flag out",
+    ),
+    _field(
+        "moe_permute_fusion",
+        "--moe-permute-fusion",
+        "LLEP has a permutation of its own: leave the flag out",
+    ),
+    _field(
+        "moe_router_padding_for_quantization",
+        "--moe-router-padding-for-quantization",
+        "it pads after the plan is made: leave the flag out",
+    ),
+    _field("fp8", "--fp8-format", "lent experts are not quantised: train in bf16, fp16 or fp32"),
+    _field("fp4", "--fp4-format", "lent experts are not quantised: train in bf16, fp16 or fp32"),
+    _field(
+        "gradient_accumulation_fusion",
+        "--gradient-accumulation-fusion",
+        "lent experts have no fused gradient buffer: use --no-gradient-accumulation-fusion",
+    ),
+    _field(
+        "delay_wgrad_compute",
+        "--delay-wgrad-compute",
+        "gradients of lent experts would leave before they are computed: leave the flag out",
+    ),
+    _field(
+        "overlap_dispatch_backward_with_experts_wgrad",
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        "gradients of lent experts would leave before they are computed: leave the flag out",
+    ),
+    _field(
+        "overlap_moe_expert_parallel_comm",
+        "--overlap-moe-expert-parallel-comm",
+        "a layer's plan lives for one forward at a time: leave the flag out",
+    ),
+    _field(
+        "cuda_graph_impl",
+        "--cuda-graph-impl",
+        "plans are made on the host, outside any graph: use --cuda-graph-impl none",
+        unless=("none", None),
+    ),
+    _field(
+        "use_transformer_engine_op_fuser",
+        "--use-transformer-engine-op-fuser",
+        "its fused operations have fixed weights: leave the flag out",
+    ),
+    _field(
+        "cpu_offloading",
+        "--cpu-offloading-num-layers",
+        "lent weights must stay where they are used: leave the flag out",
+    ),
+)
+
+
+def check_config(config: TransformerConfig, llep: LLEPConfig) -> None:
+    """Check a model's configuration before it is built.
+
+    Raises:
+        ValueError: names flag, value and remedy.
+    """
+    ep_size, num_experts = config.expert_model_parallel_size, config.num_moe_experts
+    if not num_experts:
+        raise ValueError("--moe-llep needs experts: set --num-experts, or leave --moe-llep out")
+    if ep_size < 2:
+        raise ValueError(
+            f"--expert-model-parallel-size {ep_size}: with one expert-parallel rank there is "
+            "nobody to lend to; use 2 or more, or leave --moe-llep out"
+        )
+    if num_experts % ep_size:
+        raise ValueError(
+            f"--num-experts {num_experts}: must be a multiple of "
+            f"--expert-model-parallel-size {ep_size}"
+        )
+    native = num_experts // ep_size
+    if llep.max_foreign_experts is not None and llep.max_foreign_experts > native:
+        raise ValueError(
+            f"--moe-llep-max-foreign-experts {llep.max_foreign_experts}: a rank hosts {native} "
+            f"experts (--num-experts {num_experts} / --expert-model-parallel-size {ep_size}) and "
+            "may borrow at most as many"
+        )
+    for refusal in REFUSALS:
+        if refusal.is_set(config):
+            raise ValueError(
+                f"{refusal.flag} {refusal.value(config)}: not supported with --moe-llep; "
+                f"{refusal.remedy}"
+            )
+
+
+def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
+    """Check a built MoE layer.
+
+    Raises:
+        ValueError: names what does not fit and the way out.
+    """
+    check_config(layer.config, llep)
+    if not isinstance(layer.experts, SequentialMLP):
+        raise ValueError(
+            f"--moe-grouped-gemm: LLEP lends the experts of SequentialMLP, not of "
+            f"{type(layer.experts).__name__}; leave the flag out"
+        )
+    dtypes = {weight.dtype for weight in layer.experts.parameters()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"--moe-llep: expert weights of several dtypes ({', '.join(map(str, dtypes))}) "
+            "cannot travel in one buffer; use one dtype"
+        )
+
+
+def check_same_on_all_ranks(llep: LLEPConfig, group: dist.ProcessGroup | None = None) -> None:
+    """Check that all ranks of the group have the same settings; all of them must call it.
+
+    Args:
+        llep: this rank's settings.
+        group: default: all ranks.
+
+    Raises:
+        ValueError: names the flags that differ, with each rank's value; on every rank.
+    """
+    digest = hashlib.sha256(repr(llep).encode()).digest()[:8]
+    mine = torch.tensor([int.from_bytes(digest, "big", signed=True)])
+    if torch.cuda.is_available():
+        mine = mine.cuda()
+    digests = mine.new_empty(dist.get_world_size(group))
+    dist.all_gather_into_tensor(digests, mine, group=group)
+    if (digests == mine).all():
+        return
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, dataclasses.asdict(llep), group=group)
+    differing = {
+        name: [settings[name] for settings in everyone]
+        for name in everyone[0]
+        if len({settings[name] for settings in everyone}) > 1
+    }
+    lines = "; ".join(f"{flag_of(name)}: {values}" for name, values in differing.items())
+    raise ValueError(f"LLEP settings differ between ranks, give all the same: {lines}")

@@ -1,0 +1,19 @@
+"""All tests run on the CPU, also where GPUs are, unless pytest is run with ``-m gpu``."""
+
+import os
+import warnings
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the device before a test module can import Megatron."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if config.option.markexpr == "gpu":
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron_llep.device import use_cpu_if_no_gpu
+
+        use_cpu_if_no_gpu()

@@ -1,0 +1,1 @@
+"""What the tests share: ranks as forked processes, and a tiny Megatron model."""
