@@ -87,10 +87,9 @@ class LLEPMetricsTracker(MoEMetricsTracker):
 
     def report(self, loss_scale, iteration, writer=None, wandb_writer=None, **kwargs) -> str:
         """Report Megatron's metrics, then LLEP's; every rank must call it, as it reduces."""
-        line = super().report(loss_scale, iteration, writer, wandb_writer, **kwargs)
         num_layers = (kwargs.get("num_layers") or 0) + (kwargs.get("mtp_num_layers") or 0)
         per_layer = self._reduce(num_layers, kwargs.get("pg_collection"))
-        self._sums.clear()
+        line = super().report(loss_scale, iteration, writer, wandb_writer, **kwargs)  # clears
         ran = per_layer[0] > 0
         if not ran.any():
             return line

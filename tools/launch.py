@@ -217,7 +217,7 @@ def count_gpus() -> int:
     """Count the GPUs that PyTorch sees on this node."""
     import torch  # here, so that --help and errors in the configuration stay fast
 
-    return torch.cuda.device_count()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def build_parser() -> argparse.ArgumentParser:

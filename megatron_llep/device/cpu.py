@@ -5,6 +5,7 @@ answered by the CPU, and gloo for communication, it trains as it is. ``torch.cud
 stays False. Not possible there: context parallelism, FP8, CUDA graphs, DeepEP.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -68,6 +69,8 @@ def install_cpu_device() -> None:
             "megatron-core imports triton even where no GPU is, and it is not installed. "
             "Run: pip install triton"
         )
+    # torch's optimizers import it later, and then it trips over functions replaced below.
+    importlib.import_module("torch._dynamo")
     install_streams()
     install_memory_statistics()
     install_random_state()

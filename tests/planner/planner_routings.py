@@ -9,7 +9,7 @@ REPRODUCIBLE = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=120,
+    max_examples=300,
     suppress_health_check=[HealthCheck.too_slow],
 )
 

@@ -33,7 +33,7 @@ def all_sends(plan, counts, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@settings(REPRODUCIBLE, max_examples=80)
+@settings(REPRODUCIBLE, max_examples=200)
 @given(case=assignments())
 def test_senders_and_receivers_agree(order, case):
     plan, counts, _ = case
@@ -59,7 +59,7 @@ def crossing(sent, tp):
     return (sent * ~stay[:, None, :]).sum(axis=(0, 2))
 
 
-@settings(REPRODUCIBLE, max_examples=80)
+@settings(REPRODUCIBLE, max_examples=200)
 @given(case=assignments())
 def test_local_first_keeps_all_that_may_stay(case):
     plan, counts, tp = case

@@ -9,6 +9,7 @@ import pytest
 from planner_routings import make_counts
 
 from megatron_llep.planner import make_plan, plan_from_quota
+from megatron_llep.planner.lla import lla_quota
 
 
 def test_falls_back_below_the_threshold_only():
@@ -32,13 +33,14 @@ def test_falls_back_when_nothing_would_be_lent():
 
 
 def test_falls_back_when_the_largest_load_would_not_fall():
-    # lla forces 70 of 100 tokens on the only other rank that has room: 3 ranks, capacity 34,
-    # m = 1024. A forced spill of everything would only move the hot spot.
-    loads = np.array([51, 50, 0, 0])
-    plan = make_plan(
-        np.vstack([loads, 0 * loads]), planner="lla", capacity_factor=1.0, imbalance_threshold=0.0
-    )
-    assert plan.imbalance_after < plan.imbalance_before
+    # Loads 0 | 3 | 3, capacity 2, one slot each: expert 1 spills a token to rank 0, whose slot is
+    # then taken; expert 2's spilled token is forced on rank 1, which has 3 again.
+    loads = np.array([0, 3, 3])
+    quota = lla_quota(loads, 3, 1, capacity_factor=1.0, min_tokens_per_gemm=1)
+    assert quota.tolist() == [[0, 0, 0], [1, 2, 0], [0, 1, 2]]
+    counts = np.vstack([loads, 0 * loads, 0 * loads])
+    assert make_plan(counts, planner="lla", min_tokens_per_gemm=1).is_fallback
+    assert not make_plan(counts, planner="exact").is_fallback
 
 
 def test_plan_is_frozen():

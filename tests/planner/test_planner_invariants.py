@@ -82,7 +82,7 @@ def test_exact_is_perfectly_balanced_within_its_bounds(routing):
 @given(routing=routings())
 def test_exact_with_few_slots_never_makes_a_rank_worse(routing):
     counts, max_foreign = routing
-    P, E = counts.shape
+    P = len(counts)
     loads = counts.sum(axis=0)
     after = exact_quota(loads, P, max_foreign).sum(axis=0)
     before = loads.reshape(P, -1).sum(axis=1)
@@ -92,17 +92,26 @@ def test_exact_with_few_slots_never_makes_a_rank_worse(routing):
 
 
 def test_exact_settles_a_lender_that_also_borrows_before_its_own_lender():
-    # caps 10. Rank 0 (12 tokens in 1-token experts) is to give rank 1 its 10 and to borrow 8 from
-    # rank 2. With one slot rank 1 takes a single token, so rank 0 keeps 11 and borrows nothing.
-    M = 12
-    loads = np.zeros(3 * M, dtype=np.int64)
-    loads[:12] = 1
-    loads[2 * M] = 18
-    full = exact_quota(loads, 3, M)
-    assert full.sum(axis=0).tolist() == [10, 10, 10]
-    assert full[2 * M].tolist() == [0, 10, 8] or full[2 * M].tolist() == [8, 0, 10]
-    bounded = exact_quota(loads, 3, 1)
-    assert (bounded.sum(axis=0) <= [12, 10, 18]).all()
+    # Two experts a rank: 7 7 | 0 0 | 13 0, total 27, cap 9. Rank 0 (surplus 5, the largest) fills
+    # rank 1 (needs 9) and is then 4 short, which rank 2 (surplus 4) lends it.
+    loads = np.array([7, 7, 0, 0, 13, 0])
+    assert exact_quota(loads, 3, 2).tolist() == [
+        [0, 7, 0],
+        [5, 2, 0],
+        [0, 0, 0],
+        [0, 0, 0],
+        [4, 0, 9],
+        [0, 0, 0],
+    ]
+    # With one slot rank 1 takes only expert 0, rank 0 keeps 2 more and borrows 2 instead of 4.
+    assert exact_quota(loads, 3, 1).tolist() == [
+        [0, 7, 0],
+        [7, 0, 0],
+        [0, 0, 0],
+        [0, 0, 0],
+        [2, 0, 11],
+        [0, 0, 0],
+    ]
 
 
 def test_exact_by_hand():

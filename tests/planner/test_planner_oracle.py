@@ -29,7 +29,7 @@ def least_max_load(loads, holders):
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
-@settings(REPRODUCIBLE, max_examples=60)
+@settings(REPRODUCIBLE, max_examples=150)
 @given(
     routing=routings(max_ranks=8, max_experts=64),
     m=st.sampled_from([0, 50]),

@@ -1,0 +1,57 @@
+"""Pretrain a GPT model with Megatron; `--moe-llep` balances its experts.
+
+    torchrun --nproc-per-node 2 pretrain/pretrain_gpt.py MEGATRON_FLAGS --moe-llep
+
+Every flag of Megatron's own `pretrain_gpt.py` for GPT data works here. Where no GPU is, the run
+goes over gloo on the CPU, with the flags that this needs; the first lines of its output name them.
+`tools/launch.py` makes the command from a YAML of `configs/`.
+"""
+
+import os
+import sys
+import time
+
+# Before anything imports Megatron.
+from megatron_llep.device import prepare_megatron_training, use_cpu_if_no_gpu
+
+_START = time.time()
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    on_cpu = use_cpu_if_no_gpu() == "cpu"
+    prepare_megatron_training()
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+    from megatron_llep.training.cpu_flags import flags_without_gpu
+    from megatron_llep.training.data import build_datasets
+    from megatron_llep.training.model import build_model_config, check_arguments
+    from megatron_llep.training.peak_memory import report_peak_memory
+    from megatron_llep.training.step import forward_step
+
+    if on_cpu:
+        added = flags_without_gpu(sys.argv[1:])
+        sys.argv += added
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"no GPU: added {' '.join(added)}", flush=True)
+    args = parse_and_validate_args(add_llep_arguments, args_defaults={})
+    llep = llep_config_from_args(args)
+    check_arguments(args, llep)
+    model_config = build_model_config(args, llep)
+
+    set_startup_timestamps(program_start=_START, main_entry=time.time())
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+    report_peak_memory()
+
+
+if __name__ == "__main__":
+    main()
