@@ -32,8 +32,8 @@ python=${PYTHON:-$root/.venv/bin/python}
 if [[ -z ${PYTHON:-} && ! -x $python ]]; then
     python=python3
 fi
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-endpoint=$head_node:${MASTER_PORT:-29500}
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+endpoint=${hosts%%$'\n'*}:${MASTER_PORT:-29500}
 read -r -a srun_args <<<"${SRUN_ARGS:-}"
 
 # Options of launch.py must come before the `--` that the arguments may hold. The node's rank is

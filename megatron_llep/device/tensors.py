@@ -88,4 +88,4 @@ def install_tensors() -> None:
     tensor.type = _make_type(tensor.type)
     tensor.cuda = _return_itself
     tensor.record_stream = _record_stream
-    torch.compile = _return_uncompiled  # type: ignore[assignment]
+    torch.compile = _return_uncompiled

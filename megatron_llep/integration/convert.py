@@ -77,11 +77,11 @@ def llep_hook(config: LLEPConfig) -> Callable[[list[torch.nn.Module]], list[torc
 def _replace_mlp(layer: ModuleSpec, config: LLEPConfig, groups: LendingGroups) -> ModuleSpec:
     """Copy a transformer layer's specification with LLEPMoELayer in the place of MoELayer."""
     mlp = layer.submodules.mlp
-    llep = {"llep": config, "groups": groups}
+    build = partial(LLEPMoELayer, llep=config, groups=groups)
     if isinstance(mlp, partial) and mlp.func is MoELayer:
-        mlp = partial(LLEPMoELayer, *mlp.args, **mlp.keywords, **llep)
-    elif isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:
-        mlp = partial(LLEPMoELayer, submodules=mlp.submodules, **mlp.params, **llep)
+        mlp = partial(build, *mlp.args, **mlp.keywords)
+    elif isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:  # Megatron before 0.18
+        mlp = partial(build, submodules=mlp.submodules, **mlp.params)
     else:
         return layer  # a dense layer
     layer = copy.copy(layer)

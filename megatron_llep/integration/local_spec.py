@@ -47,7 +47,7 @@ def build_norm(
         )
     norm = _NORMS[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = config.sequence_parallel
     return norm
 
 
@@ -56,12 +56,17 @@ def build_local_block_spec(
 ) -> TransformerBlockSubmodules:
     """Spec of the layers of this pipeline stage: Megatron's local ones, with :func:`build_norm`.
 
-    Dense layers (``moe_layer_freq``), shared experts, multi-latent attention and the norms of
-    queries and keys are as Megatron's own builder makes them.
+    Dense layers (``moe_layer_freq``), shared experts and the norms of queries and keys are as
+    Megatron's own builder makes them.
 
     Raises:
-        ValueError: as :func:`build_norm`, when the model is built.
+        ValueError: multi-latent attention, which Megatron's local attention cannot compute; and,
+            when the model is built, as :func:`build_norm`.
     """
+    if config.multi_latent_attention:
+        raise ValueError(
+            "--multi-latent-attention needs Transformer Engine; without it leave the flag out"
+        )
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=False,

@@ -14,8 +14,8 @@ def exact_quota(loads: np.ndarray, num_ranks: int, max_foreign: int) -> np.ndarr
     1. `cap[r]` is total // P, and one more on the first total % P ranks. While a rank is above
        its cap, the rank furthest above lends to the rank furthest below and fills it completely.
        The lender may fall below its own cap; it then borrows later, once.
-    2. Each lender serves its borrowers, the largest need first, always from its expert with the
-       most tokens left.
+    2. Each lender serves its borrowers in the order of step 1, which is the largest need first,
+       always from its expert with the most tokens left.
 
     Lowest ids win ties. A borrower has one lender, so at most M foreign experts; each transfer
     uses up an expert or fills a borrower, so there are at most E + P - 1. After the planner
@@ -47,8 +47,8 @@ def exact_quota(loads: np.ndarray, num_ranks: int, max_foreign: int) -> np.ndarr
     def serve_borrowers(lender: int) -> None:
         native = [(-left[e], e) for e in range(lender * M, (lender + 1) * M) if left[e]]
         heapify(native)
-        for negative_need, borrower in sorted(needs[lender]):
-            need, slots = -negative_need, max_foreign
+        for borrower, need in needs[lender]:
+            slots = max_foreign
             while need and slots:
                 most, expert = -native[0][0], native[0][1]
                 moved = min(need, most)
@@ -72,7 +72,7 @@ def exact_quota(loads: np.ndarray, num_ranks: int, max_foreign: int) -> np.ndarr
         kept = min(need, unlent[borrower])
         unlent[lender] += kept
         if need > kept:
-            needs[lender].append((kept - need, borrower))
+            needs[lender].append((borrower, need - kept))
     for lender in range(P):
         if needs[lender]:
             serve_borrowers(lender)

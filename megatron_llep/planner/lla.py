@@ -34,13 +34,15 @@ def lla_quota(
     effective load up (lowest id first) and gives the first one with room c = min(r, m_alpha -
     load) tokens, but skips a rank where c < m and c < r; if every rank is full or skipped, the
     least loaded takes all r, above the capacity. The room falls along that order, so a round
-    always ends at the least-loaded rank, which takes either c or r.
+    always ends at the least-loaded rank, which takes c, or r where c < m. It is then full, so
+    no rank takes two chunks of an expert.
 
     What differs from the paper:
 
     - m_alpha is rounded up to whole tokens (down, alpha = 1 could not hold all tokens).
     - Slot bound: a rank that holds `max_foreign` foreign experts is no candidate for a further
-      one. If no rank is left, the rest of the expert's tokens stay at home.
+      one. If no candidate is left, or none with room, the rest of the expert's tokens stay at
+      home. (Without the bound some candidate always has room.)
 
     Args:
         loads: int64 [E] tokens per expert.
@@ -58,25 +60,30 @@ def lla_quota(
     # Rounded first, so that 1.1 * 10 is 11 and not a token more.
     capacity = math.ceil(round(capacity_factor * sum(load) / P, 6))
     free_slots = [max_foreign] * P
+    candidates = list(range(P)) if max_foreign else []
     left = loads.tolist()
-    spilled: dict[tuple[int, int], int] = {}
+    experts: list[int] = []
+    borrowers: list[int] = []
+    tokens: list[int] = []
 
     for expert in np.argsort(-loads, kind="stable").tolist():
         home = expert // M
         rest = min(left[expert], load[home] - capacity)
-        while rest > 0:
-            candidates = [
-                g for g in range(P) if g != home and (free_slots[g] or (expert, g) in spilled)
-            ]
-            if not candidates:
-                break
+        while rest > 0 and candidates:
             borrower = min(candidates, key=load.__getitem__)
-            chunk = min(rest, capacity - load[borrower])
-            if chunk <= 0 or chunk < min(rest, min_tokens_per_gemm):
+            room = capacity - load[borrower]
+            # With tokens to spill the home itself is above the capacity, so it ends here too.
+            if room <= 0:
+                break
+            chunk = min(rest, room)
+            if chunk < min_tokens_per_gemm:
                 chunk = rest
-            if (expert, borrower) not in spilled:
-                free_slots[borrower] -= 1
-            spilled[expert, borrower] = spilled.get((expert, borrower), 0) + chunk
+            experts.append(expert)
+            borrowers.append(borrower)
+            tokens.append(chunk)
+            free_slots[borrower] -= 1
+            if not free_slots[borrower]:
+                candidates.remove(borrower)
             left[expert] -= chunk
             load[home] -= chunk
             load[borrower] += chunk
@@ -85,6 +92,5 @@ def lla_quota(
     quota = np.zeros((P * M, P), dtype=np.int64)
     native_expert = np.arange(P * M)
     quota[native_expert, native_expert // M] = left
-    for (expert, borrower), tokens in spilled.items():
-        quota[expert, borrower] = tokens
+    quota[experts, borrowers] = tokens
     return quota

@@ -1,7 +1,6 @@
 """Plain Megatron on the CPU: every layout computes what a single process computes."""
 
 import pytest
-
 from support.comparison import assert_same_training
 from support.layout import Layout
 from support.ranks import run_ranks

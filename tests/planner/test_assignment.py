@@ -98,13 +98,16 @@ def test_without_lending_everything_goes_home(order):
     np.testing.assert_array_equal(receives(plan, counts, 2, order), counts[:, 8:12])
 
 
-def test_narrow_integers_do_not_wrap():
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.uint64])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_integer_type_is_counted_in_int64(order, dtype):
     counts = make_counts("lognormal", 4, 4, 0)
     plan = make_plan(counts)
-    for dtype in (np.int32, np.uint16):
-        narrow = counts.astype(dtype)
-        np.testing.assert_array_equal(sends(plan, narrow, 1), sends(plan, counts, 1))
-        np.testing.assert_array_equal(receives(plan, narrow, 1), receives(plan, counts, 1))
+    other = counts.astype(dtype)
+    for count in (sends, receives):
+        result = count(plan, other, 1, order)
+        assert result.dtype == np.int64
+        np.testing.assert_array_equal(result, count(plan, counts, 1, order))
 
 
 def test_bad_arguments():

@@ -34,10 +34,10 @@ def test_falls_back_when_nothing_would_be_lent():
 
 def test_falls_back_when_the_largest_load_would_not_fall():
     # Loads 0 | 3 | 3, capacity 2, one slot each: expert 1 spills a token to rank 0, whose slot is
-    # then taken; expert 2's spilled token is forced on rank 1, which has 3 again.
+    # then taken; expert 2 is to spill one too, but only rank 1 has a slot, and no room.
     loads = np.array([0, 3, 3])
     quota = lla_quota(loads, 3, 1, capacity_factor=1.0, min_tokens_per_gemm=1)
-    assert quota.tolist() == [[0, 0, 0], [1, 2, 0], [0, 1, 2]]
+    assert quota.tolist() == [[0, 0, 0], [1, 2, 0], [0, 0, 3]]
     counts = np.vstack([loads, 0 * loads, 0 * loads])
     assert make_plan(counts, planner="lla", min_tokens_per_gemm=1).is_fallback
     assert not make_plan(counts, planner="exact").is_fallback

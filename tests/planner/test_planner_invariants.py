@@ -134,6 +134,9 @@ def test_exact_by_hand():
     # With one foreign slot the last token stays at home.
     quota = exact_quota(np.array([4, 4, 3, 0, 0, 0]), 2, 1)
     assert quota[:3].tolist() == [[0, 4], [4, 0], [3, 0]]
+    # The expert with most tokens is not the first: 1 2 8 | 0 0 0, caps 6 and 5, all 5 from 8.
+    quota = exact_quota(np.array([1, 2, 8, 0, 0, 0]), 2, 3)
+    assert quota[:3].tolist() == [[1, 0], [2, 0], [3, 5]]
 
 
 def test_exact_lender_falls_below_its_cap_and_borrows():

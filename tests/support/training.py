@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -37,8 +36,8 @@ Chunks = list[torch.nn.Module]
 class Run:
     """What to train. Two runs that differ in the layout alone see the same model and tokens."""
 
-    layout: Layout = Layout()
-    routing: Routing = Routing()
+    layout: Layout = field(default_factory=Layout)
+    routing: Routing = field(default_factory=Routing)
     steps: int = 2
     micro_batches: int = 4
     """In the whole world; each data-parallel rank gets its share of every step."""
@@ -135,7 +134,7 @@ def make_config(run: Run) -> TransformerConfig:
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",
-        "activation_func": F.silu,
+        "activation_func": torch.nn.functional.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "normalization": "RMSNorm",

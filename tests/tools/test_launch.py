@@ -29,7 +29,8 @@ def script(tmp_path):
     path.write_text(
         "import os, sys\n"
         "keys = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'OMP_NUM_THREADS')\n"
-        "print(*[os.environ[key] for key in keys], *sys.argv[1:], flush=True)\n"
+        "words = [os.environ[key] for key in keys] + sys.argv[1:]\n"
+        "os.write(1, (' '.join(words) + '\\n').encode())\n"  # whole lines from every process
     )
     return path
 

@@ -1,0 +1,49 @@
+# make demo    train a small MoE model with plain EP and with LLEP, and compare
+# make test    the tests (CPU, gloo)
+# All targets set up .venv themselves when it is missing or out of date.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := train,wandb,plot,dev
+
+# Layout of the demo: make demo TP=2 PP=2 EP=2
+TP ?= 1
+PP ?= 1
+EP ?= 2
+
+# One thread a rank: ranks share the cores of one machine.
+export OMP_NUM_THREADS := 1
+
+.PHONY: help setup demo test test-long lint format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## make .venv and install everything the other targets need
+
+$(READY): pyproject.toml constraints.txt tools/find_python.sh
+	@python=$$(bash tools/find_python.sh) && echo "setup: $$python" && "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(READY) ## train with plain EP and with LLEP, and compare: runs/demo/report.html
+	$(BIN)/python tools/demo.py --tp $(TP) --pp $(PP) --ep $(EP)
+
+test: $(READY) ## the tests, under 20 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-long: $(READY) ## the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(READY) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## mend style
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and what runs left behind
+	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis
