@@ -1,0 +1,89 @@
+"""Train with LLEP and see what was lent; compare with plain expert parallelism."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from megatron_llep.config import LLEPConfig
+from megatron_llep.integration.convert import convert_model, with_llep
+from megatron_llep.moe_layer import LLEPMoELayer
+from support.comparison import get_relative_difference
+from support.training import Chunks, Run, TrainResult, train
+
+# Lends whenever the ranks' loads differ at all.
+EAGER = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
+
+Seam = Literal["model", "spec"]
+
+
+@dataclass(frozen=True)
+class Loans:
+    """What the layers of one rank decided during a run."""
+
+    plans: int
+    fallbacks: int
+    transfers: int
+    imbalance_before: float
+    """The worst of all plans."""
+    imbalance_after: float
+
+
+def train_with_llep(run: Run, llep: LLEPConfig = EAGER, seam: Seam = "model") -> TrainResult:
+    """As `train`, with LLEP switched on through one of its seams; `observed` holds the Loans."""
+    plans: list[Any] = []
+
+    def watch(chunks: Chunks) -> None:
+        if seam == "model":
+            convert_model(chunks, llep)
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, LLEPMoELayer):
+                    _watch_decisions(module.token_dispatcher, plans)
+
+    result = train(
+        run,
+        transform_spec=(lambda spec: with_llep(spec, llep)) if seam == "spec" else None,
+        transform_model=watch,
+    )
+    return replace(result, observed=_sum_up(plans))
+
+
+def assert_same_run(
+    actual: TrainResult,
+    plain: TrainResult,
+    *,
+    loss_tolerance: float = 1e-5,
+    gradient_tolerance: float = 1e-4,
+) -> None:
+    """Losses, norms, every gradient and every final parameter of one rank are those of `plain`."""
+    for name in ("losses", "gradient_norms"):
+        for mine, expected in zip(getattr(actual, name), getattr(plain, name), strict=True):
+            assert abs(mine - expected) <= loss_tolerance * abs(expected), (
+                f"{name} {getattr(actual, name)} != {getattr(plain, name)}"
+            )
+    for name in ("gradients", "parameters"):
+        mine, expected = getattr(actual, name), getattr(plain, name)
+        assert mine.keys() == expected.keys()
+        for key in expected:
+            difference = get_relative_difference(mine[key], expected[key])
+            assert difference <= gradient_tolerance, f"{name}: {key} differs by {difference:.1e}"
+
+
+def _watch_decisions(dispatcher: Any, plans: list[Any]) -> None:
+    decide = dispatcher.decide
+
+    def decide_and_note(*args: Any, **kwargs: Any) -> Any:
+        decision = decide(*args, **kwargs)
+        plans.append(decision.plan)
+        return decision
+
+    dispatcher.decide = decide_and_note
+
+
+def _sum_up(plans: list[Any]) -> Loans:
+    return Loans(
+        plans=len(plans),
+        fallbacks=sum(plan.is_fallback for plan in plans),
+        transfers=sum(len(plan.transfers) for plan in plans),
+        imbalance_before=max((plan.imbalance_before for plan in plans), default=1.0),
+        imbalance_after=max((plan.imbalance_after for plan in plans), default=1.0),
+    )
