@@ -83,8 +83,16 @@ MODELS = {
         "moe_shared_expert_intermediate_size": 32,
         "moe_shared_expert_overlap": True,
     },
-    "one expert a rank": {"num_moe_experts": 2, "moe_router_topk": 1},
-    "probabilities on input": {"moe_router_topk": 1, "moe_apply_probs_on_input": True},
+    "one expert a rank": {
+        "num_moe_experts": 2,
+        "moe_router_topk": 1,
+        "moe_router_pre_softmax": True,
+    },
+    "probabilities on input": {
+        "moe_router_topk": 1,
+        "moe_router_pre_softmax": True,
+        "moe_apply_probs_on_input": True,
+    },
     "dense first layer": {"moe_layer_freq": [0, 1]},
     "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "full recompute": {
@@ -122,6 +130,8 @@ def test_every_data_parallel_mode(name):
         steps=4,
         micro_batches=8,
         ddp=OPTIMIZERS[name],
+        # The distributed optimizer takes Adam alone; a large epsilon keeps the gradient's scale.
+        optimizer={"optimizer": "adam", "adam_eps": 1.0, "lr": 0.5},
     )
     loans = compare(run)
     assert all(rank.transfers > 0 for rank in loans)
@@ -133,6 +143,7 @@ def test_bf16_stays_close():
         layout=Layout(ep=2),
         routing=Routing("hot"),
         config={"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16},
+        optimizer={"bf16": True, "params_dtype": torch.bfloat16},
     )
 
     def train_both(rank: int, size: int):
