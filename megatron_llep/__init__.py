@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_llep.config import LLEPConfig
+    from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+    from megatron_llep.integration.convert import convert_model, llep_hook, with_llep
     from megatron_llep.planner import Plan, make_plan
 
 __version__ = "0.1.0"
@@ -16,10 +18,25 @@ __version__ = "0.1.0"
 _HOME_MODULE = {
     "LLEPConfig": "megatron_llep.config",
     "Plan": "megatron_llep.planner",
+    "add_llep_arguments": "megatron_llep.integration.arguments",
+    "convert_model": "megatron_llep.integration.convert",
+    "llep_config_from_args": "megatron_llep.integration.arguments",
+    "llep_hook": "megatron_llep.integration.convert",
     "make_plan": "megatron_llep.planner",
+    "with_llep": "megatron_llep.integration.convert",
 }
 
-__all__ = ["LLEPConfig", "Plan", "__version__", "make_plan"]
+__all__ = [
+    "LLEPConfig",
+    "Plan",
+    "__version__",
+    "add_llep_arguments",
+    "convert_model",
+    "llep_config_from_args",
+    "llep_hook",
+    "make_plan",
+    "with_llep",
+]
 
 
 def __getattr__(name: str) -> Any:

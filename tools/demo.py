@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides: launch.Flags = {}
     try:
         for option in ("mixture_steps", "domain_steps"):
-            if getattr(args, option) < 1:
+            if getattr(args, option) < 2:
                 flag = option.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(args, option)}: give 1 or more")
+                raise ValueError(f"--{flag} {getattr(args, option)}: give 2 or more")
         for text in args.set:
             overrides |= launch.parse_override(text)
         demo_plan.check_layout(layout, overrides)

@@ -4,7 +4,7 @@ Letters: N training steps (both phases), L MoE layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ GPU_PEAK = "peak-memory-worst-rank-bytes"
 class Curves:
     """One training, both phases; arrays over steps.
 
-    loss: [N]; seconds: [N] of each step; peak_bytes: worst rank's, [phases];
+    loss: [N]; seconds: [N] of each step, nan at the first of a phase; peak_bytes: worst rank's, [phases];
     step_bytes: the same above what the rank held before its first step, [phases], nan on GPUs;
     llep: metric -> [N] or, for `NAME_layers`, [L, N]; empty for plain EP.
     """
@@ -71,7 +71,9 @@ def collect_curves(runs: Sequence[tuple[Run, MemoryWatch]]) -> Curves:
     for run, watch in runs:
         scalars = read_scalars(run.tensorboard)
         parts["loss"].append(take_steps(scalars, "lm loss", run.phase))
-        parts["seconds"].append(take_steps(scalars, "iteration-time", run.phase))
+        # Megatron logs no time for the first step after a start.
+        timed = replace(run.phase, first_step=run.phase.first_step + 1, steps=run.phase.steps - 1)
+        parts["seconds"].append([np.nan, *take_steps(scalars, "iteration-time", timed)])
         if watch.peak:
             parts["peak"].append(max(watch.peak[r] - watch.libraries[r] for r in watch.peak))
             parts["step"].append(max(watch.peak[r] - watch.start[r] for r in watch.peak))
@@ -115,7 +117,7 @@ def compare_losses(plain: np.ndarray, llep: np.ndarray) -> np.ndarray:
 
 def timed_steps(phase: Phase) -> slice:
     """The phase's steps whose time counts, as indices into [N]."""
-    skip = min(WARM_UP_STEPS, phase.steps // 2)
+    skip = min(WARM_UP_STEPS, phase.steps - 1)
     return slice(phase.first_step - 1 + skip, phase.last_step)
 
 

@@ -102,7 +102,7 @@ def _draw_layers(figure, cell, llep: Curves, phases: Sequence[Phase]) -> None:
             axes.axvline(phase.first_step - 0.5, color=INK, linewidth=0.8)
         strips.append(axes)
     strips[0].set_xticklabels([])
-    strips[1].set_xlabel("step")
+    strips[1].set_xlabel(_describe_steps(phases))
     figure.colorbar(image, ax=strips, pad=0.015, aspect=30)
 
 
@@ -131,7 +131,7 @@ def _draw_step_time(axes, steps, plain: Curves, llep: Curves, summary: dict[str,
         first, last = summary["step_time_over_steps"]
         label = f"{name}, median {median:.2f} s"
         axes.hlines(median, first, last, color=color, linewidth=2.5, label=label)
-    slowest = np.percentile(np.concatenate([plain.seconds, llep.seconds]), 97)
+    slowest = np.nanpercentile(np.concatenate([plain.seconds, llep.seconds]), 97)
     axes.set(title="Time of a step", ylabel="seconds", ylim=(0, slowest * 1.3))
     axes.legend(loc="upper right", ncols=2)
 
@@ -153,18 +153,12 @@ def _draw_memory(axes, summary: dict[str, Any]) -> None:
 
 
 def _mark_phases(axes, phases: Sequence[Phase]) -> None:
-    axes.set_xlabel("step")
-    axes.margins(x=0.01)
-    top = axes.get_xaxis_transform()
-    for phase in phases:
-        if phase is not phases[0]:
-            axes.axvline(phase.first_step - 0.5, color=FAINT, linewidth=1)
-        axes.text(
-            phase.first_step,
-            0.02,
-            phase.name,
-            transform=top,
-            fontsize=8.5,
-            color="#777777",
-            va="bottom",
-        )
+    for phase in phases[1:]:
+        axes.axvline(phase.first_step - 0.5, color=FAINT, linewidth=1)
+    axes.set_xlim(0.5, phases[-1].last_step + 0.5)
+    axes.set_xlabel(_describe_steps(phases))
+
+
+def _describe_steps(phases: Sequence[Phase]) -> str:
+    parts = [f"{phase.name} to {phase.last_step}" for phase in phases]
+    return f"step  ({', then '.join(parts)})"

@@ -63,9 +63,7 @@ def convert_model(
     for chunk in chunks:
         for layer in chunk.modules():
             if isinstance(layer, MoELayer) and not isinstance(layer, LLEPMoELayer):
-                LLEPMoELayer.convert(
-                    layer, llep=config, groups=groups, pg_collection=pg_collection
-                )
+                LLEPMoELayer.convert(layer, llep=config, groups=groups, pg_collection=pg_collection)
     return chunks
 
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from support.ranks import run_ranks
 
 from megatron_llep.device import install_cpu_device, is_cpu_device_installed, use_cpu_if_no_gpu
+from support.ranks import run_ranks
 
 MIB = 2**20
 
@@ -133,6 +133,7 @@ def test_the_devices_random_state_is_the_cpus():
 def test_dropout_of_a_recomputed_block_is_that_of_its_first_pass():
     def recompute(rank, world_size):
         from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
+
         from support.layout import Layout, use_layout
 
         seen = []

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from support.comparison import assert_same_training
 from support.layout import Layout
 from support.ranks import run_ranks

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from megatron_llep.integration.local_spec import build_local_block_spec, build_norm
 from support.comparison import assert_same_training
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
 from support.training import Run, build_model, make_config, train
-
-from megatron_llep.integration.local_spec import build_local_block_spec, build_norm
 
 
 def config_with(**changes):

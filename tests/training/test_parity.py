@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from support.layout import Layout
 from support.llep import EAGER, assert_same_run, train_with_llep
 from support.ranks import run_ranks

@@ -1,0 +1,109 @@
+"""Models and layers that LLEP refuses, by flag, at start-up."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from megatron_llep.integration.convert import convert_model
+from megatron_llep.validation import REFUSALS, check_config, check_layer, check_same_on_all_ranks
+from support.layout import Layout, use_layout
+from support.llep import EAGER
+from support.ranks import run_ranks
+from support.training import Run, build_model, make_config
+
+
+def config_with(**changes) -> SimpleNamespace:
+    """A supported configuration, but for the given fields."""
+    fields = {name: getattr(SUPPORTED, name) for name in vars(SUPPORTED)}
+    return SimpleNamespace(**(fields | changes))
+
+
+SUPPORTED = make_config(Run(layout=Layout(ep=2)))
+
+
+def test_the_supported_configuration_passes():
+    check_config(SUPPORTED, EAGER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"num_moe_experts": None}, "--num-experts"),
+        ({"expert_model_parallel_size": 1}, "--expert-model-parallel-size 1"),
+        ({"num_moe_experts": 7}, "--num-experts 7"),
+        ({"moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type flex"),
+        ({"moe_token_dispatcher_type": "allgather"}, "--moe-token-dispatcher-type allgather"),
+        ({"moe_expert_capacity_factor": 1.25}, "--moe-expert-capacity-factor 1.25"),
+        ({"moe_pad_expert_input_to_capacity": True}, "--moe-pad-expert-input-to-capacity"),
+        ({"moe_permute_fusion": True}, "--moe-permute-fusion"),
+        ({"moe_router_padding_for_quantization": True}, "--moe-router-padding-for-quantization"),
+        ({"fp8": "hybrid"}, "--fp8-format hybrid"),
+        ({"fp4": "e2m1"}, "--fp4-format e2m1"),
+        ({"gradient_accumulation_fusion": True}, "--gradient-accumulation-fusion"),
+        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
+        (
+            {"overlap_dispatch_backward_with_experts_wgrad": True},
+            "--overlap-dispatch-backward-with-experts-wgrad",
+        ),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
+        ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
+        ({"cpu_offloading": True}, "--cpu-offloading-num-layers"),
+    ],
+)
+def test_unsupported_settings_name_flag_and_remedy(changes, flag):
+    with pytest.raises(ValueError, match=r"leave|use|set|must|train") as error:
+        check_config(config_with(**changes), EAGER)
+    assert flag in str(error.value)
+
+
+def test_every_refused_setting_is_one_of_megatrons():
+    for refusal in REFUSALS:
+        refusal.value(SUPPORTED)  # raises AttributeError where Megatron has no such field
+
+
+def test_more_foreign_slots_than_experts():
+    with pytest.raises(ValueError, match="--moe-llep-max-foreign-experts 5: a rank hosts 4"):
+        check_config(SUPPORTED, replace(EAGER, max_foreign_experts=5))
+    check_config(SUPPORTED, replace(EAGER, max_foreign_experts=4))
+
+
+def test_experts_of_another_kind():
+    layer = SimpleNamespace(config=SUPPORTED, experts=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"--moe-grouped-gemm: .* not of Linear"):
+        check_layer(layer, EAGER)
+
+
+def test_a_subclass_of_the_moe_layer_is_not_converted():
+    class Special(MoELayer):
+        pass
+
+    def work(rank, size):
+        run = Run(layout=Layout(ep=2))
+        with use_layout(run.layout):
+            chunks = build_model(make_config(run), run)
+            chunks[0].decoder.layers[0].mlp.__class__ = Special
+            with pytest.raises(ValueError, match="cannot convert a Special"):
+                convert_model(chunks, EAGER)
+
+    run_ranks(work, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"planner": "lla"}, "--moe-llep-planner"), ({"enabled": False}, "--moe-llep")],
+)
+def test_settings_that_differ_between_ranks(changes, flag):
+    def work(rank, size):
+        llep = replace(EAGER, **changes) if rank == 1 else EAGER
+        with pytest.raises(ValueError, match="differ between ranks") as error:
+            check_same_on_all_ranks(llep)
+        return str(error.value)
+
+    messages = run_ranks(work, 3, timeout=20)
+    assert len(set(messages)) == 1
+    assert f"{flag}: [" in messages[0]
+    run_ranks(lambda rank, size: check_same_on_all_ranks(EAGER), 3, timeout=20)

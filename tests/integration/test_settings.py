@@ -1,0 +1,81 @@
+"""LLEPConfig and its flags: defaults, help, and what is refused."""
+
+import argparse
+import dataclasses
+import math
+
+import pytest
+
+from megatron_llep.config import LLEPConfig, flag_of
+from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+
+FLAGS = [
+    "--moe-llep",
+    "--moe-llep-planner",
+    "--moe-llep-capacity-factor",
+    "--moe-llep-min-tokens-per-gemm",
+    "--moe-llep-imbalance-threshold",
+    "--moe-llep-max-foreign-experts",
+    "--moe-llep-token-assignment",
+    "--moe-llep-grad-dtype",
+]
+
+
+def parse(*words: str) -> LLEPConfig:
+    parser = add_llep_arguments(argparse.ArgumentParser())
+    return llep_config_from_args(parser.parse_args(words))
+
+
+def test_the_flags_and_their_help():
+    parser = add_llep_arguments(argparse.ArgumentParser())
+    actions = {action.option_strings[0]: action for action in parser._actions}
+    assert list(actions)[1:] == FLAGS
+    assert [flag_of(field.name) for field in dataclasses.fields(LLEPConfig)] == FLAGS
+    for flag in FLAGS:
+        assert (actions[flag].help or "").endswith("."), f"{flag} has no help"
+
+
+def test_off_unless_asked_for_on_the_command_line_on_in_python():
+    assert parse() == LLEPConfig(enabled=False)
+    assert parse("--moe-llep") == LLEPConfig()
+
+
+def test_every_flag_is_read():
+    given = parse(
+        *("--moe-llep", "--moe-llep-planner", "lla", "--moe-llep-capacity-factor", "1.5"),
+        *("--moe-llep-min-tokens-per-gemm", "7", "--moe-llep-imbalance-threshold", "2"),
+        *("--moe-llep-max-foreign-experts", "3", "--moe-llep-token-assignment", "rank_order"),
+        *("--moe-llep-grad-dtype", "param"),
+    )
+    assert given == LLEPConfig(
+        planner="lla",
+        capacity_factor=1.5,
+        min_tokens_per_gemm=7,
+        imbalance_threshold=2.0,
+        max_foreign_experts=3,
+        token_assignment="rank_order",
+        grad_dtype="param",
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("planner", "magic"),
+        ("token_assignment", "random"),
+        ("grad_dtype", "fp8"),
+        ("capacity_factor", 0.99),
+        ("capacity_factor", math.nan),
+        ("capacity_factor", math.inf),
+        ("min_tokens_per_gemm", -1),
+        ("imbalance_threshold", -0.5),
+        ("imbalance_threshold", math.nan),
+        ("max_foreign_experts", -1),
+    ],
+)
+def test_bad_values_name_flag_value_and_remedy(field, value):
+    with pytest.raises(ValueError, match=r"give|choose") as error:
+        LLEPConfig(**{field: value})
+    assert str(error.value).startswith(f"{flag_of(field)} {value}: ")
+    with pytest.raises(ValueError, match=flag_of(field)):
+        parse(f"{flag_of(field)}={value}")
