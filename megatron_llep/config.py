@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_llep.planner import ORDERS, PLANNERS
 
+FOREIGN_WEIGHTS = ("keep", "refetch")
 GRAD_DTYPES = ("fp32", "param")
 
 
@@ -41,6 +42,11 @@ class LLEPConfig:
     quota allows, which saves traffic. rank_order: sources fill holders in rank order, as the
     paper's reference code does."""
 
+    foreign_weights: Literal["keep", "refetch"] | None = None
+    """Where lent weights are between forward and backward. keep: with their borrower. refetch:
+    they are freed after forward and lent again in backward, so that memory does not grow with
+    layers and micro-batches in flight. Default: refetch under pipeline parallelism, else keep."""
+
     grad_dtype: Literal["fp32", "param"] = "fp32"
     """Precision in which the weight gradients of lent experts are sent home: fp32, or that of the
     parameters (half the traffic for bf16 models)."""
@@ -53,6 +59,8 @@ class LLEPConfig:
         """
         _require_choice("--moe-llep-planner", self.planner, tuple(PLANNERS))
         _require_choice("--moe-llep-token-assignment", self.token_assignment, ORDERS)
+        if self.foreign_weights is not None:
+            _require_choice("--moe-llep-foreign-weights", self.foreign_weights, FOREIGN_WEIGHTS)
         _require_choice("--moe-llep-grad-dtype", self.grad_dtype, GRAD_DTYPES)
         _require(
             math.isfinite(self.capacity_factor) and self.capacity_factor >= 1,

@@ -63,6 +63,11 @@ METRICS = (
         across_layers=np.sum,
     ),
     Metric(
+        name="foreign_mib",
+        help="most foreign weights alive at once on this rank, MiB, all layers and micro-batches",
+        across_layers=np.max,
+    ),
+    Metric(
         name="fallback_rate",
         help="share of layers and micro-batches that ran plain expert parallelism",
         across_layers=np.mean,
@@ -138,6 +143,7 @@ def record_plan(
     is_mtp_layer: bool,
     config: TransformerConfig,
     expert_bytes: int,
+    foreign_bytes: int,
     plan_seconds: float,
 ) -> None:
     """Record what one plan did, if our tracker is in place.
@@ -148,6 +154,7 @@ def record_plan(
         is_mtp_layer: whether this is such a layer.
         config: of the model.
         expert_bytes: bytes of one expert's weights on one rank.
+        foreign_bytes: most bytes of foreign weights alive on this rank since the last plan.
         plan_seconds: time the plan took.
     """
     tracker = get_moe_metrics_tracker()
@@ -161,6 +168,7 @@ def record_plan(
         "max_tokens_after": plan.load_per_rank_after.max(),
         "lent_experts": lent,
         "lent_mib": lent * expert_bytes / 2**20,
+        "foreign_mib": foreign_bytes / 2**20,
         "fallback_rate": plan.is_fallback,
         "plan_ms": plan_seconds * 1e3,
     }

@@ -3,40 +3,19 @@
 Letters: T tokens of this rank, E experts, H hidden size.
 """
 
-from dataclasses import dataclass, field
-
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.experts import LendableExperts
-from megatron_llep.lending import Loan, gate, lend, start_lending
+from megatron_llep.lending import Loan, SharedLending, gate, lend, settle, start_lending
 from megatron_llep.metrics import record_plan
 from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
 from megatron_llep.validation import check_layer
-
-
-@dataclass
-class LendingGroups:
-    """Process groups for lending, one for each expert-parallel group, shared by a model's layers.
-
-    A group of its own lets weights travel while tokens do.
-    """
-
-    _by_ranks: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
-
-    def like(self, ep_group: dist.ProcessGroup) -> dist.ProcessGroup:
-        """The lending group with the ranks of `ep_group`; its ranks call this in the same order."""
-        ranks = tuple(dist.get_process_group_ranks(ep_group))
-        if ranks not in self._by_ranks:
-            self._by_ranks[ranks] = dist.new_group(
-                list(ranks), use_local_synchronization=True, group_desc="LLEP_LENDING"
-            )
-        return self._by_ranks[ranks]
 
 
 class LLEPMoELayer(MoELayer):
@@ -52,11 +31,11 @@ class LLEPMoELayer(MoELayer):
         name: str | None = None,
         *,
         llep: LLEPConfig,
-        groups: LendingGroups,
+        shared: SharedLending,
     ):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        self._start_llep(llep, groups, pg_collection)
+        self._start_llep(llep, shared, pg_collection)
 
     @classmethod
     def convert(
@@ -64,7 +43,7 @@ class LLEPMoELayer(MoELayer):
         layer: MoELayer,
         *,
         llep: LLEPConfig,
-        groups: LendingGroups,
+        shared: SharedLending,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         """Turn a built `MoELayer` into this class, in place: same parameters, same module.
@@ -78,15 +57,16 @@ class LLEPMoELayer(MoELayer):
                 "only megatron.core's MoELayer itself is supported"
             )
         layer.__class__ = cls
-        layer._start_llep(llep, groups, pg_collection)
+        layer._start_llep(llep, shared, pg_collection)
 
     def _start_llep(
-        self, llep: LLEPConfig, groups: LendingGroups, pg_collection: ProcessGroupCollection
+        self, llep: LLEPConfig, shared: SharedLending, pg_collection: ProcessGroupCollection
     ) -> None:
         check_layer(self, llep)
         self.llep = llep
         self.lendable = LendableExperts(self.experts)
-        self.lending_group = groups.like(pg_collection.ep)
+        self.shared_lending = shared
+        self.lending_group = shared.group_like(pg_collection.ep)
         self.token_dispatcher = LLEPTokenDispatcher(
             self.num_local_experts,
             self.local_expert_indices,
@@ -119,6 +99,8 @@ class LLEPMoELayer(MoELayer):
                 group=self.lending_group,
                 grad_dtype=self._grad_dtype(),
                 returns=decision.trains,
+                refetch=self._refetches(),
+                memory=self.shared_lending.memory,
             )
             hidden_states = gate(self._loan, hidden_states)
         return super().preprocess(hidden_states, probs, routing_map)
@@ -135,6 +117,7 @@ class LLEPMoELayer(MoELayer):
         )
         hidden_states, foreign = lend(loan, hidden_states)
         output = self.lendable.compute(hidden_states, tokens_per_slot, probs, foreign)
+        output = settle(loan, output)
         return self.token_dispatcher.combine_preprocess(output), None
 
     def _grad_dtype(self) -> torch.dtype:
@@ -142,6 +125,14 @@ class LLEPMoELayer(MoELayer):
             # Not for fp64 parameters, whose gradients must not lose digits on the way.
             return torch.promote_types(torch.float32, self.lendable.dtype)
         return self.lendable.dtype
+
+    def _refetches(self) -> bool:
+        """Whether foreign weights are freed between forward and backward."""
+        if is_checkpointing():  # backward follows at once, or this forward is not kept at all
+            return False
+        in_pipeline = self.config.pipeline_model_parallel_size > 1
+        choice = self.llep.foreign_weights or ("refetch" if in_pipeline else "keep")
+        return choice == "refetch"
 
     def _record(self, decision: Decision) -> None:
         # Megatron's own rule for router metrics: a recomputed layer then counts once.
@@ -152,5 +143,6 @@ class LLEPMoELayer(MoELayer):
                 is_mtp_layer=self.is_mtp_layer,
                 config=self.config,
                 expert_bytes=self.lendable.expert_bytes,
+                foreign_bytes=self.shared_lending.memory.take_peak(),
                 plan_seconds=decision.plan_seconds,
             )

@@ -67,11 +67,6 @@ REFUSALS = (
     _field("fp8", "--fp8-format", "lent experts are not quantised: train in bf16, fp16 or fp32"),
     _field("fp4", "--fp4-format", "lent experts are not quantised: train in bf16, fp16 or fp32"),
     _field(
-        "gradient_accumulation_fusion",
-        "--gradient-accumulation-fusion",
-        "lent experts have no fused gradient buffer: use --no-gradient-accumulation-fusion",
-    ),
-    _field(
         "delay_wgrad_compute",
         "--delay-wgrad-compute",
         "gradients of lent experts would leave before they are computed: leave the flag out",

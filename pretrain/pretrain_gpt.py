@@ -24,23 +24,20 @@ def main() -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+    from megatron_llep.training.arguments import read_arguments
     from megatron_llep.training.cpu_flags import flags_without_gpu
     from megatron_llep.training.data import build_datasets
-    from megatron_llep.training.model import build_model_config, check_arguments
+    from megatron_llep.training.model import build_model_config
     from megatron_llep.training.peak_memory import report_peak_memory
     from megatron_llep.training.step import forward_step
 
     if on_cpu:
         added = flags_without_gpu(sys.argv[1:])
         sys.argv += added
-        if int(os.environ.get("RANK", "0")) == 0:
+        if added and int(os.environ.get("RANK", "0")) == 0:
             print(f"no GPU: added {' '.join(added)}", flush=True)
-    args = parse_and_validate_args(add_llep_arguments, args_defaults={})
-    llep = llep_config_from_args(args)
-    check_arguments(args, llep)
+    args, llep = read_arguments()
     model_config = build_model_config(args, llep)
 
     set_startup_timestamps(program_start=_START, main_entry=time.time())

@@ -15,8 +15,8 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ from typing import Any
 
 import demo_measure
 import demo_plan
+import demo_plot
 import demo_report
 import demo_run
 import launch
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         demo_plan.check_layout(layout, overrides)
     except ValueError as error:
         parser.error(str(error))
+    # Turned into an exception, so that the processes of a run end with the demo.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return compare(layout, overrides, args.mixture_steps, args.domain_steps, args.out)
     except RuntimeError as error:
@@ -93,7 +96,7 @@ def compare(
     """
     started = time.monotonic()
     world_size = layout.world_size()
-    device = demo_plan.choose_device(world_size, launch.count_gpus(), os.cpu_count() or 1)
+    device = demo_plan.choose_device(world_size, launch.count_gpus(), len(os.sched_getaffinity(0)))
     print(f"{world_size} ranks, {layout}, on the {device.name.upper()}", flush=True)
     if device.note:
         print(f"note: {device.note}", flush=True)
@@ -107,7 +110,7 @@ def compare(
     runs = demo_plan.plan_runs(phases, layout, overrides, out, world_size)
     watches = []
     for run in runs:
-        print(f"\n$ {shlex.join(run.command)}", flush=True)
+        print(f"\n$ {run.shell}", flush=True)
         watches.append(demo_run.execute(run, device))
 
     by_kind = {
@@ -123,8 +126,6 @@ def compare(
     summary["seconds"] = time.monotonic() - started
 
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    import demo_plot  # here: matplotlib is an extra
-
     demo_plot.draw(by_kind["plain"], by_kind["llep"], phases, summary, out / "demo.png")
     demo_report.write_report(summary, runs, out / "demo.png", out / "report.html")
 
@@ -140,8 +141,8 @@ def describe_machine(device: Device) -> dict[str, Any]:
 
     machine: dict[str, Any] = {
         "CPU": _cpu_name(),
-        "cores": os.cpu_count(),
-        "load before the end": f"{os.getloadavg()[0]:.1f} runnable processes (1 minute)",
+        "cores": len(os.sched_getaffinity(0)),
+        "load average": f"{os.getloadavg()[0]:.1f} (last minute of the demo)",
         "torch": torch.__version__,
         "megatron-core": version("megatron-core"),
         "Python": platform.python_version(),

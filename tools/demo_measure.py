@@ -23,8 +23,9 @@ GPU_PEAK = "peak-memory-worst-rank-bytes"
 class Curves:
     """One training, both phases; arrays over steps.
 
-    loss: [N]; seconds: [N] of each step, nan at the first of a phase; peak_bytes: worst rank's, [phases];
-    step_bytes: the same above what the rank held before its first step, [phases], nan on GPUs;
+    loss: [N]; seconds: [N] of each step, nan at the first of a phase;
+    peak_bytes: [phases], the worst rank's; step_bytes: [phases], the same above what the rank
+    held before its first step, nan on GPUs;
     llep: metric -> [N] or, for `NAME_layers`, [L, N]; empty for plain EP.
     """
 

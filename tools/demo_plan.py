@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,6 +82,11 @@ class Run:
     def title(self) -> str:
         """For people."""
         return f"{'LLEP' if self.kind == 'llep' else 'plain EP'}, {self.phase.name}"
+
+    @property
+    def shell(self) -> str:
+        """The command as it can be typed in the present folder."""
+        return shlex.join(self.command).replace(f"{Path.cwd()}/", "")
 
 
 @dataclass(frozen=True, kw_only=True)

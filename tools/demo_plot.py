@@ -10,10 +10,10 @@ from demo_measure import Curves
 from demo_plan import Phase
 
 matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 PLAIN, LLEP, INK, FAINT = "#d1603d", "#1d6a96", "#333333", "#bbbbbb"
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",

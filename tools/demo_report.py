@@ -2,7 +2,6 @@
 
 import base64
 import html
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #e4e4e4; }
 th:first-child, td:first-child { text-align: left; }
 td:last-child { color: #666; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap;
-      word-break: break-all; }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem;
+      white-space: pre-wrap; word-break: break-all; }
 .good { color: #1d6a96; } .bad { color: #b3261e; font-weight: bold; }
 """
 
@@ -163,7 +162,7 @@ def write_report(summary: dict[str, Any], runs: Sequence[Run], image: Path, path
         f"<dt><b>{escape(name)}</b></dt><dd>{escape(text)}</dd>"
         for name, text in summary["how_measured"].items()
     )
-    commands = "\n\n".join(f"# {run.title}\n{shlex.join(run.command)}" for run in runs)
+    commands = "\n\n".join(f"# {run.title}\n{run.shell}" for run in runs)
     picture = base64.b64encode(image.read_bytes()).decode()
     tone = "good" if losses_agree(summary) else "bad"
     phases = ", then ".join(

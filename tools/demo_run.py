@@ -16,8 +16,7 @@ import psutil
 from demo_plan import Device, Run
 from tqdm import tqdm
 
-SILENCE_S = 300
-"""A run that prints nothing for this long is taken to hang."""
+SILENCE_S = 300.0
 # Lines of Megatron's log between which the memory is measured.
 BEFORE_MODEL = "[after megatron is initialized]"
 BEFORE_FIRST_STEP = "[after dataloaders are built]"
@@ -31,7 +30,7 @@ _FIELDS = {
 }
 
 
-class RunFailed(RuntimeError):
+class RunFailedError(RuntimeError):
     """A training command ended badly; the message holds the end of its log."""
 
 
@@ -104,14 +103,19 @@ def _read_status(pid: int, name: str) -> int:
     raise OSError(f"process {pid} is gone")
 
 
-def execute(run: Run, device: Device) -> MemoryWatch:
+def execute(run: Run, device: Device, silence_s: float = SILENCE_S) -> MemoryWatch:
     """Run the command to its end, with a progress bar.
+
+    Args:
+        run: what to run.
+        device: where.
+        silence_s: after so many seconds without output it is taken to hang.
 
     Returns:
         What its ranks' memory was; empty on a GPU.
 
     Raises:
-        RunFailed: it ended with an error or hung; it is stopped then.
+        RunFailedError: it ended with an error or hung; it is stopped then.
     """
     run.log.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -130,7 +134,7 @@ def execute(run: Run, device: Device) -> MemoryWatch:
             tqdm(total=run.phase.steps, desc=f"{run.title:<20}", unit="step") as bar,
         ):
             bar.set_postfix_str("starting")
-            for line in _read_lines(process):
+            for line in _read_lines(process, silence_s):
                 if line is None:
                     watch.update()
                     continue
@@ -145,11 +149,11 @@ def execute(run: Run, device: Device) -> MemoryWatch:
                     bar.set_postfix_str(_describe(step.values))
         code = process.wait()
     except TimeoutError as error:
-        raise RunFailed(_tail(run, f"printed nothing for {SILENCE_S} s")) from error
+        raise RunFailedError(_tail(run, f"printed nothing for {silence_s:.0f} s")) from error
     finally:
         _stop(process)
     if code:
-        raise RunFailed(_tail(run, f"exit code {code}"))
+        raise RunFailedError(_tail(run, f"exit code {code}"))
     return watch
 
 
@@ -162,7 +166,7 @@ def _describe(values: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-def _read_lines(process: subprocess.Popen) -> Iterator[str | None]:
+def _read_lines(process: subprocess.Popen, silence_s: float) -> Iterator[str | None]:
     """Lines of the output as they come; None about twice a second while none comes."""
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -178,7 +182,7 @@ def _read_lines(process: subprocess.Popen) -> Iterator[str | None]:
         try:
             line = lines.get(timeout=0.5)
         except queue.Empty:
-            if time.monotonic() - last > SILENCE_S:
+            if time.monotonic() - last > silence_s:
                 raise TimeoutError from None
             yield None
             continue

@@ -17,8 +17,9 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.lending import SharedLending
 from megatron_llep.metrics import install_tracker
-from megatron_llep.moe_layer import LendingGroups, LLEPMoELayer
+from megatron_llep.moe_layer import LLEPMoELayer
 
 
 def with_llep(spec: Any, config: LLEPConfig) -> Any:
@@ -31,12 +32,12 @@ def with_llep(spec: Any, config: LLEPConfig) -> Any:
     if not config.enabled:
         return spec
     install_tracker()
-    groups = LendingGroups()
+    shared = SharedLending()
     if hasattr(spec, "layer_specs"):
         spec = copy.copy(spec)
-        spec.layer_specs = [_replace_mlp(layer, config, groups) for layer in spec.layer_specs]
+        spec.layer_specs = [_replace_mlp(layer, config, shared) for layer in spec.layer_specs]
         return spec
-    return _replace_mlp(spec, config, groups)
+    return _replace_mlp(spec, config, shared)
 
 
 def convert_model(
@@ -58,12 +59,12 @@ def convert_model(
     if not config.enabled:
         return chunks
     install_tracker()
-    groups = LendingGroups()
+    shared = SharedLending()
     pg_collection = pg_collection or get_default_pg_collection()
     for chunk in chunks:
         for layer in chunk.modules():
             if isinstance(layer, MoELayer) and not isinstance(layer, LLEPMoELayer):
-                LLEPMoELayer.convert(layer, llep=config, groups=groups, pg_collection=pg_collection)
+                LLEPMoELayer.convert(layer, llep=config, shared=shared, pg_collection=pg_collection)
     return chunks
 
 
@@ -72,10 +73,10 @@ def llep_hook(config: LLEPConfig) -> Callable[[list[torch.nn.Module]], list[torc
     return partial(convert_model, config=config)
 
 
-def _replace_mlp(layer: ModuleSpec, config: LLEPConfig, groups: LendingGroups) -> ModuleSpec:
+def _replace_mlp(layer: ModuleSpec, config: LLEPConfig, shared: SharedLending) -> ModuleSpec:
     """Copy a transformer layer's specification with LLEPMoELayer in the place of MoELayer."""
     mlp = layer.submodules.mlp
-    build = partial(LLEPMoELayer, llep=config, groups=groups)
+    build = partial(LLEPMoELayer, llep=config, shared=shared)
     if isinstance(mlp, partial) and mlp.func is MoELayer:
         mlp = partial(build, *mlp.args, **mlp.keywords)
     elif isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:  # Megatron before 0.18

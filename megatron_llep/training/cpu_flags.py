@@ -6,16 +6,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CpuFlag:
-    """One flag that is set where no GPU is, and what a user must not set instead."""
+    """One flag that is set where no GPU is; None as value for a flag that takes none."""
 
     flag: str
     value: str | None = None
-    contrary: tuple[str, ...] = ()
 
     @property
     def words(self) -> list[str]:
         """The flag as it stands on a command line."""
         return [self.flag] if self.value is None else [self.flag, self.value]
+
+
+@dataclass(frozen=True)
+class GpuFlag:
+    """One flag that cannot do what it says where no GPU is."""
+
+    flag: str
+    reason: str
+    refused: tuple[str, ...] = ()
+    """The values that cannot work; empty: all but those that work."""
+    works: tuple[str, ...] = ()
+
+    def is_refused(self, values: Sequence[str]) -> bool:
+        """Whether the flag cannot work with these values; a flag without values has none."""
+        if self.refused:
+            return any(value in self.refused for value in values)
+        return not values or any(value not in self.works for value in values)
 
 
 CPU_FLAGS = (
@@ -24,22 +40,61 @@ CPU_FLAGS = (
     CpuFlag("--no-gradient-accumulation-fusion"),
     CpuFlag("--no-masked-softmax-fusion"),
     CpuFlag("--no-persist-layer-norm"),
-    CpuFlag("--no-rope-fusion", contrary=("--apply-rope-fusion",)),
+    CpuFlag("--no-rope-fusion"),
 )
 
-GPU_ONLY_FLAGS = {
-    "--fp8-format": "FP8 kernels need a GPU",
-    "--fp4-format": "FP4 kernels need a GPU",
-    "--use-flash-attn": "flash attention needs a GPU",
-    "--moe-grouped-gemm": "Megatron's grouped GEMM needs Transformer Engine and a GPU",
-    "--moe-permute-fusion": "the fused permutation needs Transformer Engine and a GPU",
-    "--moe-router-fusion": "the fused router needs Transformer Engine and a GPU",
-    "--moe-enable-deepep": "DeepEP needs GPUs",
-    "--tp-comm-overlap": "it needs Transformer Engine and a GPU",
-    "--enable-cuda-graph": "CUDA graphs need a GPU",
-    "--use-nccl-ub": "NCCL needs GPUs",
-    "--no-overlap-p2p-communication": "gloo has no batched exchange between pipeline stages",
-}
+_TE = "it needs Transformer Engine and a GPU"
+_GRAPHS = "CUDA graphs need a GPU"
+
+GPU_FLAGS = (
+    # Precision
+    GpuFlag("--fp8-format", "FP8 kernels need a GPU"),
+    GpuFlag("--fp4-format", "FP4 kernels need a GPU"),
+    GpuFlag("--te-precision-config-file", _TE),
+    GpuFlag("--use-precision-aware-optimizer", "it needs a fused optimizer and a GPU"),
+    # Layers
+    GpuFlag("--attention-backend", "its kernels need a GPU", refused=("flash", "fused")),
+    GpuFlag("--use-flash-attn", "flash attention needs a GPU"),
+    GpuFlag("--cross-entropy-fusion-impl", _TE, refused=("te",)),
+    GpuFlag("--fused-residual-rmsnorm", _TE),
+    GpuFlag("--use-te-activation-func", _TE),
+    GpuFlag("--use-transformer-engine-op-fuser", _TE),
+    GpuFlag("--te-rng-tracker", _TE),
+    GpuFlag("--recompute-modules", _TE, refused=("layernorm", "moe_act")),
+    # Experts
+    GpuFlag("--moe-grouped-gemm", "Megatron's grouped GEMM needs Transformer Engine and a GPU"),
+    GpuFlag("--moe-permute-fusion", "the fused permutation needs Transformer Engine and a GPU"),
+    GpuFlag("--moe-router-fusion", "the fused router needs Transformer Engine and a GPU"),
+    GpuFlag("--moe-token-dispatcher-type", "its back ends need GPUs", refused=("flex",)),
+    GpuFlag("--moe-enable-deepep", "DeepEP needs GPUs"),
+    # Communication
+    GpuFlag(
+        "--context-parallel-size",
+        "context parallelism needs Transformer Engine's attention and a GPU",
+        works=("1",),
+    ),
+    GpuFlag("--tp-comm-overlap", _TE),
+    GpuFlag("--use-nccl-ub", "NCCL needs GPUs"),
+    GpuFlag("--use-sharp", "NCCL needs GPUs"),
+    GpuFlag("--symmetric-ar-type", "symmetric memory needs GPUs"),
+    GpuFlag("--pipeline-model-parallel-comm-backend", "only gloo connects the stages"),
+    GpuFlag("--use-ring-exchange-p2p", "only gloo connects the stages"),
+    GpuFlag(
+        "--no-overlap-p2p-communication",
+        "over gloo, virtual pipeline stages get wrong data from batched sends and receives",
+    ),
+    # CUDA graphs, offloading, profiling
+    GpuFlag("--cuda-graph-impl", _GRAPHS, works=("none",)),
+    GpuFlag("--enable-cuda-graph", _GRAPHS),
+    GpuFlag("--external-cuda-graph", _GRAPHS),
+    GpuFlag("--optimizer-cuda-graph", _GRAPHS),
+    GpuFlag("--cpu-offloading-num-layers", "there is no GPU memory to spare", works=("0",)),
+    GpuFlag("--fine-grained-activation-offloading", "there is no GPU memory to spare"),
+    GpuFlag("--optimizer-cpu-offload", "there is no GPU memory to spare"),
+    GpuFlag("--record-memory-history", "PyTorch records the history of GPU memory"),
+    GpuFlag("--nvtx-ranges", "NVIDIA's profiler needs a GPU"),
+    GpuFlag("--gpu-sniff-test-interval", "it tests GPUs"),
+)
 
 
 def flags_without_gpu(argv: Sequence[str]) -> list[str]:
@@ -55,42 +110,32 @@ def flags_without_gpu(argv: Sequence[str]) -> list[str]:
         ValueError: a flag of the user contradicts one of them, or needs a GPU.
     """
     given = _read_flags(argv)
-    for flag, reason in GPU_ONLY_FLAGS.items():
-        if flag in given:
-            raise ValueError(f"{flag}: {reason}; leave it out where there is none")
-    if given.get("--context-parallel-size", "1") != "1":
-        raise ValueError(
-            f"--context-parallel-size {given['--context-parallel-size']}: context parallelism "
-            "needs Transformer Engine's attention and a GPU; use 1 where there is none"
-        )
+    for gpu_flag in GPU_FLAGS:
+        values = given.get(gpu_flag.flag)
+        if values is not None and gpu_flag.is_refused(values):
+            what = " ".join([gpu_flag.flag, *values])
+            raise ValueError(f"{what}: {gpu_flag.reason}; leave the flag out where there is none")
     added = []
-    for setting in CPU_FLAGS:
-        for flag in setting.contrary:
-            if flag in given:
-                raise ValueError(f"{flag}: needs a GPU; leave it out where there is none")
-        if setting.flag not in given:
-            added += setting.words
-        elif given[setting.flag] != setting.value:
+    for cpu_flag in CPU_FLAGS:
+        values = given.get(cpu_flag.flag)
+        if values is None:
+            added += cpu_flag.words
+        elif [cpu_flag.flag, *values] != cpu_flag.words:
             raise ValueError(
-                f"{setting.flag} {given[setting.flag]}: without a GPU only "
-                f"{' '.join(setting.words)} works; leave the flag out"
+                f"{' '.join([cpu_flag.flag, *values])}: without a GPU only "
+                f"{' '.join(cpu_flag.words)} works; leave the flag out"
             )
     return added
 
 
-def _read_flags(argv: Sequence[str]) -> dict[str, str | None]:
-    """Each `--flag` with the word behind it, or None; the last one of a name wins, as in argparse.
-
-    A flag's first value is enough here: no flag of the tables takes several.
-    """
-    given: dict[str, str | None] = {}
-    words = [part for word in argv for part in (word.split("=", 1) if _is_flag(word) else [word])]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if _is_flag(word):
-            takes_value = following and not _is_flag(following)
-            given[word] = following if takes_value else None
+def _read_flags(argv: Sequence[str]) -> dict[str, list[str]]:
+    """Each flag with its values; the last one of a name wins, as in argparse."""
+    given: dict[str, list[str]] = {}
+    values: list[str] = []  # those before the first flag belong to none
+    for word in argv:
+        if word.startswith("--"):
+            flag, is_joined, value = word.partition("=")
+            values = given[flag] = [value] if is_joined else []
+        else:
+            values.append(word)
     return given
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("--")

@@ -40,6 +40,29 @@ _SAME_NAME = (
 )
 _FIM_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
 _FIM_RATES = ("fim_rate", "fim_spm_rate", "fim_split_sample", "fim_fragment_rate", "fim_no_prefix")
+_DATA_ARGUMENTS = (
+    "data_path",
+    "data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "per_split_data_args_path",
+)
+
+
+def check_data_arguments(args: Namespace) -> None:
+    """Refuse a command line that names no data, which Megatron would train on mock data.
+
+    Raises:
+        ValueError: names the flags to choose from.
+    """
+    if not args.mock_data and all(getattr(args, name) is None for name in _DATA_ARGUMENTS):
+        flags = ", ".join("--" + name.replace("_", "-") for name in _DATA_ARGUMENTS[1:])
+        raise ValueError(
+            "--data-path is missing: give the prefix of an indexed dataset (made by "
+            f"tools/prepare_corpus.py), or one of {flags}, or train on Megatron's mock data with "
+            "--mock-data"
+        )
 
 
 def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[Any]:

@@ -5,43 +5,13 @@ from functools import partial
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.local_spec import build_local_block_spec
-from megatron_llep.validation import check_config, check_same_on_all_ranks
-
-_UNSUPPORTED_HERE = {
-    "sft": "--sft: this script trains on GPT data; leave the flag out",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking: packed sequences "
-    "are not supported by this script; leave the flag out",
-    "hybrid_context_parallel": "--hybrid-context-parallel: packed sequences are not supported by "
-    "this script; leave the flag out",
-}
-_UNSUPPORTED_WITH_LLEP = {
-    "use_megatron_fsdp": "--use-megatron-fsdp: it shards the expert weights that LLEP lends; use "
-    "Megatron's DDP with --use-distributed-optimizer",
-    "use_torch_fsdp2": "--use-torch-fsdp2: it shards the expert weights that LLEP lends; use "
-    "Megatron's DDP with --use-distributed-optimizer",
-}
-
-
-def check_arguments(args: Namespace, llep: LLEPConfig) -> None:
-    """Refuse what this script, or LLEP, cannot do, before any process group exists.
-
-    Raises:
-        ValueError: names flag, value and remedy.
-    """
-    unsupported = dict(_UNSUPPORTED_HERE)
-    if llep.enabled:
-        unsupported |= _UNSUPPORTED_WITH_LLEP
-    for name, message in unsupported.items():
-        if getattr(args, name, False):
-            raise ValueError(message)
-    if llep.enabled:
-        check_config(core_transformer_config_from_args(args), llep)
+from megatron_llep.validation import check_same_on_all_ranks
 
 
 def build_model_config(args: Namespace, llep: LLEPConfig) -> GPTModelConfig:

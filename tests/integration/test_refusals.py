@@ -42,7 +42,6 @@ def test_the_supported_configuration_passes():
         ({"moe_router_padding_for_quantization": True}, "--moe-router-padding-for-quantization"),
         ({"fp8": "hybrid"}, "--fp8-format hybrid"),
         ({"fp4": "e2m1"}, "--fp4-format e2m1"),
-        ({"gradient_accumulation_fusion": True}, "--gradient-accumulation-fusion"),
         ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
         (
             {"overlap_dispatch_backward_with_experts_wgrad": True},

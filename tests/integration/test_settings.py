@@ -17,6 +17,7 @@ FLAGS = [
     "--moe-llep-imbalance-threshold",
     "--moe-llep-max-foreign-experts",
     "--moe-llep-token-assignment",
+    "--moe-llep-foreign-weights",
     "--moe-llep-grad-dtype",
 ]
 
@@ -45,7 +46,7 @@ def test_every_flag_is_read():
         *("--moe-llep", "--moe-llep-planner", "lla", "--moe-llep-capacity-factor", "1.5"),
         *("--moe-llep-min-tokens-per-gemm", "7", "--moe-llep-imbalance-threshold", "2"),
         *("--moe-llep-max-foreign-experts", "3", "--moe-llep-token-assignment", "rank_order"),
-        *("--moe-llep-grad-dtype", "param"),
+        *("--moe-llep-foreign-weights", "refetch", "--moe-llep-grad-dtype", "param"),
     )
     assert given == LLEPConfig(
         planner="lla",
@@ -54,6 +55,7 @@ def test_every_flag_is_read():
         imbalance_threshold=2.0,
         max_foreign_experts=3,
         token_assignment="rank_order",
+        foreign_weights="refetch",
         grad_dtype="param",
     )
 
@@ -63,6 +65,7 @@ def test_every_flag_is_read():
     [
         ("planner", "magic"),
         ("token_assignment", "random"),
+        ("foreign_weights", "borrow"),
         ("grad_dtype", "fp8"),
         ("capacity_factor", 0.99),
         ("capacity_factor", math.nan),

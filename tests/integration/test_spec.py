@@ -25,6 +25,7 @@ from support.training import Run, build_model, make_config
                 "moe_llep_imbalance_threshold": 1.3,
                 "moe_llep_max_foreign_experts": None,
                 "moe_llep_token_assignment": "local_first",
+                "moe_llep_foreign_weights": None,
                 "moe_llep_grad_dtype": "fp32",
             },
             LLEPConfig(planner="lla", min_tokens_per_gemm=5),

@@ -1,0 +1,109 @@
+"""The autograd nodes of lending: they give backward a fixed order, the same on every rank.
+
+Letters: F foreign experts of this rank.
+
+    Gate      on the layer's input; the native weights are inputs too, so the engine keeps their
+              gradient hooks (and with them the data-parallel reduction) until Gate has run
+    Lend      on the dispatched tokens; hands out the foreign weights
+    (experts)
+    Settle    on the experts' output
+
+    backward:  Settle fetches freed weights again -> experts -> Lend starts the return -> dispatch
+               -> Gate waits for it and adds it
+
+Every rank runs all of them, whether or not it lends or borrows.
+"""
+
+import torch
+
+from megatron_llep.lending.loan import Loan, Weights
+
+
+def gate(loan: Loan, hidden: torch.Tensor) -> torch.Tensor:
+    """Pass the layer's input; in backward, wait for the returned gradients and add them."""
+    if not (loan.returns and torch.is_grad_enabled()):
+        return hidden
+    weights = [weight for expert in loan.natives for weight in expert]
+    # The anchor keeps the node in the graph of a rank on which nothing else needs a gradient.
+    anchor = torch.empty(0, device=hidden.device, requires_grad=True)
+    return _Gate.apply(loan, hidden, anchor, *weights)
+
+
+def lend(loan: Loan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Weights]]:
+    """Pass the dispatched tokens and hand out the F foreign experts' weights."""
+    loan.finish()
+    if not (loan.returns and torch.is_grad_enabled()):
+        return hidden, loan.hand_out()
+    hidden, *flat = _Lend.apply(loan, hidden)
+    width = loan.tensors_per_expert
+    return hidden, [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
+def settle(loan: Loan, output: torch.Tensor) -> torch.Tensor:
+    """Pass the experts' output; the foreign weights are not needed again before backward."""
+    if not (torch.is_grad_enabled() and output.requires_grad):
+        loan.free_weights()
+        return output
+    return _Settle.apply(loan, output)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loan: Loan, hidden: torch.Tensor, anchor, *weights) -> torch.Tensor:
+        ctx.loan = loan
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_hidden):
+        loan: Loan = ctx.loan
+        grads: list[list[torch.Tensor | None]] = [
+            [None] * loan.tensors_per_expert for _ in loan.natives
+        ]
+        # By borrower, then expert: a fixed order of summation.
+        for native, returned in loan.finish_return():
+            for i, (weight, grad) in enumerate(zip(loan.natives[native], returned, strict=True)):
+                main_grad = getattr(weight, "main_grad", None)
+                if not weight.requires_grad:
+                    continue
+                if main_grad is not None:
+                    main_grad.add_(grad)
+                    continue
+                known = grads[native][i]
+                grads[native][i] = grad if known is None else known.add_(grad)
+        return (None, grad_hidden, None, *(grad for expert in grads for grad in expert))
+
+
+class _Lend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loan: Loan, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.loan = loan
+        ctx.set_materialize_grads(False)
+        foreign = loan.hand_out()
+        return (hidden.view_as(hidden), *(weight for expert in foreign for weight in expert))
+
+    @staticmethod
+    def backward(ctx, grad_hidden, *grad_foreign):
+        loan: Loan = ctx.loan
+        loan.add_grads(grad_foreign)
+        loan.drop_weights()
+        loan.start_return()
+        return None, grad_hidden
+
+
+class _Settle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loan: Loan, output: torch.Tensor) -> torch.Tensor:
+        ctx.loan = loan
+        if loan.refetch:
+            loan.free_weights()
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        loan: Loan = ctx.loan
+        if loan.refetch:
+            loan.start_fetch()
+            loan.finish()
+        if loan.returns:
+            loan.open_grads()
+        return None, grad_output

@@ -1,0 +1,159 @@
+"""Start pretrain/pretrain_gpt.py as a user does, and read what it logs."""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "pretrain" / "pretrain_gpt.py"
+TINY = ROOT / "configs" / "tiny.yaml"
+TAIL = 6000
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import launch  # noqa: E402
+
+# Two layers of width 32, small enough that a run's time is that of its start; the routing of a
+# few hundred tokens is uneven enough to lend in every step.
+SMALL = shlex.split("""
+    --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --moe-ffn-hidden-size 64 --kv-channels 8
+    --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8
+    --lr-warmup-fraction 0 --lr-decay-style constant
+""")
+EAGER = ["--moe-llep-imbalance-threshold", "1.0"]
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a run that ended well has printed."""
+
+    text: str
+
+    def read(self, name: str) -> dict[int, float]:
+        """Iteration -> value of a number on Megatron's lines, such as `lm loss`."""
+        line = re.compile(rf"iteration +(\d+)/.*\| {re.escape(name)}: (\S+) \|")
+        return {int(found[1]): float(found[2]) for found in line.finditer(self.text)}
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return self.read("lm loss")
+
+
+def run_tiny(
+    flags: Sequence[object],
+    *,
+    llep: bool,
+    layout: Mapping[str, object] | None = None,
+    processes: int | None = None,
+    timeout: float = 120.0,
+) -> Log:
+    """Run configs/tiny.yaml, made smaller, through tools/launch.py and torchrun.
+
+    Args:
+        flags: Megatron's, beyond the configuration's and SMALL.
+        llep: whether with LLEP, which then lends whenever the ranks' loads differ at all.
+        layout: flag without dashes -> value, as for --set.
+        processes: default: as many as the layout needs.
+        timeout: seconds after which the run and all its processes are ended.
+    """
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(TINY)]
+    command += [] if llep else ["--no-llep"]
+    command += [] if processes is None else ["--nproc", str(processes)]
+    for name, value in (layout or {}).items():
+        command += ["--set", f"--{name}={str(value).lower()}"]
+    command += ["--", *SMALL, *(EAGER if llep else []), *map(str, flags)]
+    with _started(command, {}) as process:
+        text, code = _finish(process, timeout)
+    assert code == 0, f"ended with {code}: {' '.join(command)}\n{text[-TAIL:]}"
+    return Log(text)
+
+
+def run_ranks_by_hand(flags_of_rank: Sequence[Sequence[str]], timeout: float) -> list[str]:
+    """Start one process a rank of a world of two, each with flags of its own, without torchrun.
+
+    Returns:
+        What each printed, with its exit code as the last line.
+    """
+    with contextlib.ExitStack() as stack:
+        port = str(find_free_port())
+        processes = []
+        for rank, flags in enumerate(flags_of_rank):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            command = [sys.executable, str(SCRIPT), *flags]
+            processes.append(stack.enter_context(_started(command, environment)))
+        finished = [_finish(process, timeout) for process in processes]
+    return [f"{text}\nexit code {code}" for text, code in finished]
+
+
+def tiny_flags(*flags: str, without: Sequence[str] = ()) -> list[str]:
+    """The flags of configs/tiny.yaml, made smaller, with LLEP, then these."""
+    sections = launch.load_config(TINY)
+    merged = {name: value for part in sections.values() for name, value in part.items()}
+    merged |= launch.parse_extra(SMALL) | launch.parse_extra(flags)
+    return launch.format_flags({k: v for k, v in merged.items() if k not in without})
+
+
+def find_free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _started(
+    command: Sequence[str], environment: dict[str, str]
+) -> Iterator["subprocess.Popen[str]"]:
+    """Start a command; whatever is left of it at the end is killed."""
+    settings = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **settings, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        yield process
+    finally:
+        _kill_tree(process)
+
+
+def _finish(process: "subprocess.Popen[str]", timeout: float) -> tuple[str, int]:
+    """Wait for the end; what was printed and the exit code."""
+    try:
+        text, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        _kill_tree(process)
+        text, _ = process.communicate()
+        raise AssertionError(f"no end after {timeout} s:\n{text[-TAIL:]}") from None
+    return text, process.returncode
+
+
+def _kill_tree(process: "subprocess.Popen[str]") -> None:
+    """Kill a process and its descendants: torchrun's workers have sessions of their own."""
+    if process.poll() is not None:
+        return
+    family = [process.pid, *(each.pid for each in psutil.Process(process.pid).children(True))]
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()

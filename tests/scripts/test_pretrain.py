@@ -1,0 +1,215 @@
+"""The real script through torchrun: losses, logs, checkpoints, ranks that disagree.
+
+Each start costs some 15 s, so the runs are shared: plain and LLEP, each to the end with a
+checkpoint half-way, and each from the other's checkpoint.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from script_runs import ROOT, Log, run_ranks_by_hand, run_tiny, tiny_flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint import FileSystemReader
+
+STEPS = 6
+HALF = 3
+TOLERANCE = 1e-5
+METRICS = (
+    "overload_factor_before",
+    "overload_factor_after",
+    "max_tokens_before",
+    "max_tokens_after",
+    "lent_experts",
+    "lent_mib",
+    "fallback_rate",
+    "plan_ms",
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A few hundred kilobytes of this project's own source, as bytes."""
+    prefix = tmp_path_factory.mktemp("corpus") / "source"
+    command = [sys.executable, ROOT / "tools" / "prepare_corpus.py", ROOT / "megatron_llep"]
+    command += ["--document-glob", "*.py", "--append-eod", "--output-prefix", prefix]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def train(corpus, folder):
+    """Train to STEPS and save on the way."""
+
+    def train(name: str, *flags: object, llep: bool) -> Log:
+        common = ["--data-path", corpus, "--train-iters", STEPS, "--lr", 1e-3]
+        saving = ["--save", folder / name, "--save-interval", HALF, "--ckpt-format", "torch_dist"]
+        logs = ["--tensorboard-dir", folder / f"{name}-tensorboard"]
+        return run_tiny([*common, *saving, *logs, *flags], llep=llep)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def plain(train) -> Log:
+    return train("plain", llep=False)
+
+
+@pytest.fixture(scope="module")
+def lending(train, folder) -> Log:
+    wandb = ["--wandb-project", "tests", "--wandb-exp-name", "lending"]
+    wandb += ["--wandb-save-dir", folder / "wandb", "--moe-per-layer-logging"]
+    return train("lending", *wandb, llep=True)
+
+
+@pytest.fixture(scope="module")
+def plain_from_lending(train, lending, folder) -> Log:
+    return train("plain-2", "--load", folder / "lending", "--ckpt-step", HALF, llep=False)
+
+
+@pytest.fixture(scope="module")
+def lending_from_plain(train, plain, folder) -> Log:
+    return train("lending-2", "--load", folder / "plain", "--ckpt-step", HALF, llep=True)
+
+
+def read_scalars(folder: Path) -> dict[str, list[float]]:
+    events = EventAccumulator(str(folder)).Reload()
+    names = events.Tags()["scalars"]
+    return {name: [event.value for event in events.Scalars(name)] for name in names}
+
+
+def test_losses_are_those_of_plain_megatron(plain, lending):
+    assert list(plain.losses) == list(range(1, STEPS + 1))
+    assert lending.losses == pytest.approx(plain.losses, rel=TOLERANCE)
+    assert lending.read("grad norm") == pytest.approx(plain.read("grad norm"), rel=1e-3)
+
+
+def test_console_line(plain, lending):
+    before = lending.read("overload_factor_before")
+    after = lending.read("overload_factor_after")
+    assert before.keys() == after.keys() == lending.losses.keys()
+    assert all(after[step] < before[step] for step in before)
+    for name in METRICS:
+        assert lending.read(name).keys() == before.keys()
+        assert not plain.read(name)
+    assert all(count > 0 for count in lending.read("lent_experts").values())
+
+
+def test_tensorboard(lending, plain, folder):
+    scalars = read_scalars(folder / "lending-tensorboard")
+    for name in METRICS:
+        values = scalars[f"moe/llep/{name}"]
+        # The console rounds to two decimals.
+        assert values == pytest.approx(list(lending.read(name).values()), abs=0.0051)
+        assert f"moe/llep/{name}_layer_0" in scalars
+        assert f"moe/llep/{name}_layer_1" in scalars
+    before, after = (scalars[f"moe/llep/max_tokens_{when}"] for when in ("before", "after"))
+    assert max(after) <= max(before)
+    assert not any("llep" in name for name in read_scalars(folder / "plain-tensorboard"))
+
+
+def test_wandb(lending, folder):
+    wandb_folder = folder / "wandb" / "wandb"
+    records = next(wandb_folder.glob("offline-run-*/run-*.wandb")).read_bytes()
+    for name in METRICS:
+        assert f"moe/llep/{name}".encode() in records
+
+
+def test_first_lines_name_the_device_and_the_added_flags(lending):
+    head = lending.text.split("arguments ---")[0].splitlines()
+    device = [line for line in head if "Megatron runs on the CPU" in line]
+    added = [line for line in head if line.startswith("no GPU: added")]
+    assert len(device) == len(added) == 1  # rank 0 alone
+    words = "--distributed-backend gloo --transformer-impl local --no-masked-softmax-fusion "
+    words += "--no-persist-layer-norm --no-rope-fusion"
+    assert added == [f"no GPU: added {words}"]
+
+
+def assert_resumed_as(whole: Log, resumed: Log) -> None:
+    assert "successfully loaded checkpoint" in resumed.text
+    expected = {step: loss for step, loss in whole.losses.items() if step > HALF}
+    assert resumed.losses == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_plain_megatron_resumes_from_llep(plain, plain_from_lending):
+    assert_resumed_as(plain, plain_from_lending)
+
+
+def test_llep_resumes_from_plain_megatron(plain, lending_from_plain):
+    assert_resumed_as(plain, lending_from_plain)
+    assert all(count > 0 for count in lending_from_plain.read("lent_experts").values())
+
+
+def test_checkpoints_hold_the_same(plain, lending, folder):
+    def read_entries(name: str) -> dict[str, object]:
+        path = folder / name / f"iter_{STEPS:07d}"
+        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        # The size of a tensor; what is no tensor has none.
+        return {key: getattr(entry, "size", None) for key, entry in metadata.items()}
+
+    entries = read_entries("lending")
+    assert entries == read_entries("plain")
+    assert any(key.startswith("optimizer.state.exp_avg.") for key in entries)
+
+
+def test_ranks_that_disagree_end_with_the_same_error():
+    flags = tiny_flags("--mock-data", "--train-iters", "2")
+    without = tiny_flags("--mock-data", "--train-iters", "2", without=["--moe-llep"])
+    for text in run_ranks_by_hand([flags, without], timeout=90):
+        assert "ValueError: LLEP settings differ between ranks" in text
+        assert "--moe-llep: [True, False]" in text
+        assert text.endswith("exit code 1")
+        assert "iteration        1/" not in text
+
+
+def test_a_bad_setting_ends_the_script_before_the_ranks_meet():
+    # Two ranks are awaited and one comes: any process group would wait for the other.
+    flags = tiny_flags("--mock-data", "--moe-llep-planner", "best")
+    [text] = run_ranks_by_hand([flags], timeout=60)
+    assert "ValueError: --moe-llep-planner best: choose one of" in text
+    assert text.endswith("exit code 1")
+
+
+LAYOUTS = {
+    "TP2xEP2": ({"tensor-model-parallel-size": 2, "sequence-parallel": True}, []),
+    "PP2xEP2": ({"pipeline-model-parallel-size": 2}, []),
+    "PP2xVPP2xEP2": (
+        {"pipeline-model-parallel-size": 2},
+        ["--num-layers", 4, "--num-layers-per-virtual-pipeline-stage", 1],
+    ),
+    "EP2xDP2": (
+        {"expert-model-parallel-size": 2},
+        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    ),
+    "EP2 bf16": ({}, ["--bf16"]),
+    "EP2 full recompute": (
+        {},
+        [
+            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+            *("--recompute-num-layers", 1),
+        ],
+    ),
+    "EP2 validation": ({}, ["--eval-interval", 2, "--eval-iters", 1, "--log-interval", 2]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_and_modes(name, corpus):
+    layout, flags = LAYOUTS[name]
+    processes = 4 if name == "EP2xDP2" else None
+    flags = ["--data-path", corpus, "--train-iters", 4, *flags]
+    runs = [
+        run_tiny(flags, llep=llep, layout=layout, processes=processes, timeout=140)
+        for llep in (False, True)
+    ]
+    tolerance = 5e-3 if "bf16" in name else TOLERANCE
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=tolerance)
+    assert runs[1].losses[4] > 0
+    assert any(count > 0 for count in runs[1].read("lent_experts").values())

@@ -1,0 +1,152 @@
+"""Bad command lines end with a ValueError before any process group exists.
+
+Parsed by Megatron's real parser; what the script itself does with them is in test_pretrain.py.
+"""
+
+import sys
+
+import pytest
+import torch.distributed as dist
+from megatron.training.arguments import parse_args
+from script_runs import tiny_flags
+
+from megatron_llep.integration.arguments import add_llep_arguments
+from megatron_llep.training.arguments import check_as_given, read_arguments
+
+LLEP = "--moe-llep"
+DATA = ["--mock-data"]
+
+
+@pytest.fixture
+def use_command_line(monkeypatch):
+    def use(flags):
+        # What the script adds where no GPU is.
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags, "--transformer-impl", "local"])
+        monkeypatch.setenv("WORLD_SIZE", "2")
+
+    return use
+
+
+def test_the_good_command_line_passes(use_command_line):
+    use_command_line(tiny_flags(*DATA))
+    llep = check_as_given(parse_args(add_llep_arguments))
+    assert llep.enabled
+    assert llep.min_tokens_per_gemm == 16
+    use_command_line(tiny_flags(*DATA, without=[LLEP]))
+    assert not check_as_given(parse_args(add_llep_arguments)).enabled
+
+
+BAD = {
+    "planner": (["--moe-llep-planner", "best"], "--moe-llep-planner best", "choose one of exact"),
+    "capacity 0.5": (
+        ["--moe-llep-capacity-factor", "0.5"],
+        "--moe-llep-capacity-factor 0.5",
+        "at least 1",
+    ),
+    "capacity nan": (
+        ["--moe-llep-capacity-factor", "nan"],
+        "--moe-llep-capacity-factor nan",
+        "at least 1",
+    ),
+    "threshold": (
+        ["--moe-llep-imbalance-threshold=-1"],
+        "--moe-llep-imbalance-threshold -1.0",
+        "0 or more",
+    ),
+    "tokens": (
+        ["--moe-llep-min-tokens-per-gemm=-1"],
+        "--moe-llep-min-tokens-per-gemm -1",
+        "0 or more",
+    ),
+    "foreign 99": (
+        ["--moe-llep-max-foreign-experts", "99"],
+        "--moe-llep-max-foreign-experts 99",
+        "at most as many",
+    ),
+    "foreign -1": (
+        ["--moe-llep-max-foreign-experts=-1"],
+        "--moe-llep-max-foreign-experts -1",
+        "0 or more",
+    ),
+    "one rank": (
+        ["--expert-model-parallel-size", "1"],
+        "--expert-model-parallel-size 1",
+        "leave --moe-llep out",
+    ),
+    "indivisible": (["--num-experts", "7"], "--num-experts 7", "must be a multiple"),
+    "dense": (["--num-experts", "0"], "--moe-llep", "set --num-experts"),
+    "allgather": (
+        ["--moe-token-dispatcher-type", "allgather"],
+        "--moe-token-dispatcher-type allgather",
+        "use --moe-token-dispatcher-type alltoall",
+    ),
+    "capacity": (
+        ["--moe-expert-capacity-factor", "1.0"],
+        "--moe-expert-capacity-factor 1.0",
+        "leave the flag out",
+    ),
+    "padding": (
+        ["--moe-pad-expert-input-to-capacity"],
+        "--moe-pad-expert-input-to-capacity True",
+        "leave the flag out",
+    ),
+    "offloading": (
+        ["--cpu-offloading-num-layers", "1"],
+        "--cpu-offloading-num-layers True",
+        "leave the flag out",
+    ),
+    "fsdp": (["--use-torch-fsdp2"], "--use-torch-fsdp2", "--use-distributed-optimizer"),
+    "sft": (["--sft"], "--sft", "leave the flag out"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_name_flag_value_and_remedy(case, use_command_line):
+    flags, named, remedy = BAD[case]
+    use_command_line(tiny_flags(*DATA, *flags))
+    # The very call of the script: no assertion of Megatron's validation comes first.
+    with pytest.raises(ValueError, match=r"^--") as error:
+        read_arguments()
+    assert str(error.value).startswith(named)
+    assert remedy in str(error.value)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("case", ["capacity", "padding", "allgather", "one rank"])
+def test_without_llep_megatron_decides(case, use_command_line):
+    use_command_line(tiny_flags(*DATA, *BAD[case][0], without=[LLEP]))
+    check_as_given(parse_args(add_llep_arguments))
+
+
+def test_fused_gradient_accumulation_must_be_off(use_command_line):
+    use_command_line(tiny_flags(*DATA, without=["--no-gradient-accumulation-fusion"]))
+    with pytest.raises(ValueError, match="use --no-gradient-accumulation-fusion"):
+        read_arguments()
+
+
+def test_the_shape_may_come_from_a_checkpoint(use_command_line):
+    flags = tiny_flags(*DATA, "--use-checkpoint-args", without=["--num-experts"])
+    use_command_line(flags)
+    assert check_as_given(parse_args(add_llep_arguments)).enabled
+
+
+def test_data_must_be_named(use_command_line):
+    use_command_line(tiny_flags())
+    with pytest.raises(ValueError, match=r"--data-path is missing: .* --mock-data") as error:
+        read_arguments()
+    assert "tools/prepare_corpus.py" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data-path", "data/docs"],
+        ["--data-args-path", "blend.txt"],
+        ["--train-data-path", "data/docs"],
+        ["--per-split-data-args-path", "blend.json"],
+        ["--mock-data"],
+    ],
+)
+def test_every_way_to_name_data_passes(flags, use_command_line):
+    use_command_line(tiny_flags(*flags))
+    check_as_given(parse_args(add_llep_arguments))
