@@ -13,13 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.layout import Layout
-from support.ranks import run_ranks
-from support.training import Run, train
 
 from megatron_llep.integration.arguments import add_llep_arguments
 from megatron_llep.metrics import METRICS
 from megatron_llep.moe_layer import LLEPMoELayer
+from support.layout import Layout
+from support.ranks import run_ranks
+from support.training import Run, train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,7 +36,7 @@ def test_the_flags_are_those_of_the_code():
     assert [row[0] for row in rows] == [action.option_strings[0] for action in actions]
     for (_, default, text), action in zip(rows, actions, strict=True):
         assert text == action.help
-        assert default == {False: "off", None: "–"}.get(action.default, str(action.default))
+        assert default == {False: "off", None: "none"}.get(action.default, str(action.default))
 
 
 def test_the_metrics_are_those_of_the_code():

@@ -5,14 +5,14 @@ Experts are the identity, so what comes back must be what went out, whichever sl
 
 import pytest
 import torch
+
+from megatron_llep.integration.convert import convert_model
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER
 from support.ranks import run_ranks
 from support.routing import Routing, force_routing
 from support.training import Run, build_model, make_config
-
-from megatron_llep.integration.convert import convert_model
 
 LAYOUTS = [Layout(ep=2), Layout(ep=4), Layout(tp=2, ep=2, etp=2), Layout(tp=2, ep=2, etp=1)]
 
