@@ -3,6 +3,8 @@
 Letters: T tokens of this rank, E experts, H hidden size.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import is_checkpointing
@@ -78,6 +80,17 @@ class LLEPMoELayer(MoELayer):
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         # Lives between preprocess and expert compute of one forward.
         self._loan: Loan | None = None
+        self._micro_batches = 0
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As `MoELayer.forward`; an error from within says which layer and micro-batch it was."""
+        progress, place = self.shared_lending.progress, self._place()
+        progress.enter(f"forward of {place}")
+        with progress.told_in_errors():
+            outputs = super().forward(hidden_states, *args, **kwargs)
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(lambda _: progress.enter(f"backward of {place}"))
+        return outputs
 
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
@@ -101,6 +114,7 @@ class LLEPMoELayer(MoELayer):
                 returns=decision.trains,
                 refetch=self._refetches(),
                 memory=self.shared_lending.memory,
+                progress=self.shared_lending.progress,
             )
             hidden_states = gate(self._loan, hidden_states)
         return super().preprocess(hidden_states, probs, routing_map)
@@ -119,6 +133,15 @@ class LLEPMoELayer(MoELayer):
         output = self.lendable.compute(hidden_states, tokens_per_slot, probs, foreign)
         output = settle(loan, output)
         return self.token_dispatcher.combine_preprocess(output), None
+
+    def _place(self) -> str:
+        """This forward, in words; a recomputed one is not counted again."""
+        kind = "MTP layer" if self.is_mtp_layer else "layer"
+        if not self.training:
+            return f"{kind} {self.layer_number}, evaluation"
+        if not (is_checkpointing() and torch.is_grad_enabled()):
+            self._micro_batches += 1
+        return f"{kind} {self.layer_number}, micro-batch {self._micro_batches} since the start"
 
     def _grad_dtype(self) -> torch.dtype:
         if self.llep.grad_dtype == "fp32":

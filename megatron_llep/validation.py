@@ -88,6 +88,12 @@ REFUSALS = (
         unless=("none", None),
     ),
     _field(
+        "moe_latent_size",
+        "--moe-latent-size",
+        "Megatron has latent experts in grouped GEMMs alone, which LLEP cannot lend: leave the "
+        "flag out",
+    ),
+    _field(
         "use_transformer_engine_op_fuser",
         "--use-transformer-engine-op-fuser",
         "its fused operations have fixed weights: leave the flag out",

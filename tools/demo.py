@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pp", type=int, default=1, help="pipeline stages (default: 1)")
     add("--ep", type=int, default=2, help="expert-parallel ranks (default: 2)")
     add("--etp", type=int, default=1, help="tensor-parallel ranks of an expert (default: 1)")
-    add("--mixture-steps", type=int, default=30, help="steps of the first phase")
-    add("--domain-steps", type=int, default=50, help="steps of the second phase")
+    add("--mixture-steps", type=int, default=20, help="steps of the first phase")
+    add("--domain-steps", type=int, default=40, help="steps of the second phase")
     add("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     add(
         "--set",

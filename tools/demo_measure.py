@@ -11,8 +11,14 @@ import numpy as np
 from demo_plan import Phase, Run
 from demo_run import MemoryWatch
 
-LOSS_TOLERANCE = 1e-2
-"""Largest relative difference of the loss at any step that still counts as the same curve."""
+# Rounding: the two runs add the same numbers in another order. Over the first steps the loss then
+# differs by some 1e-7. Later one token whose two best experts tie takes the other one, and training
+# multiplies that difference; up to 1e-2 was seen after 70 steps at twice the demo's learning rate.
+EARLY_STEPS = 20
+EARLY_TOLERANCE = 1e-4
+"""Largest relative difference of the loss in the first steps."""
+LOSS_TOLERANCE = 3e-2
+"""Largest relative difference of the loss at any step."""
 WARM_UP_STEPS = 5
 """First steps of a phase, left out of the step times: allocators and caches still grow."""
 LLEP_PREFIX = "moe/llep/"
@@ -134,8 +140,12 @@ def summarise(plain: Curves, llep: Curves, phases: Sequence[Phase]) -> dict:
     plain_s, llep_s = (float(np.median(curves.seconds[timed])) for curves in (plain, llep))
     before, after = llep.llep["overload_factor_before"], llep.llep["overload_factor_after"]
     tokens_before, tokens_after = llep.llep["max_tokens_before"], llep.llep["max_tokens_after"]
+    difference = compare_losses(plain.loss, llep.loss)
     return {
-        "loss_max_rel_diff": float(compare_losses(plain.loss, llep.loss).max()),
+        "loss_max_rel_diff": float(difference.max()),
+        "loss_early_max_rel_diff": float(difference[:EARLY_STEPS].max()),
+        "loss_early_tolerance": EARLY_TOLERANCE,
+        "loss_early_steps": min(EARLY_STEPS, plain.loss.size),
         "loss_tolerance": LOSS_TOLERANCE,
         "loss_last": {"plain": float(plain.loss[-1]), "llep": float(llep.loss[-1])},
         "imbalance_before_max": float(before.max()),
@@ -164,8 +174,11 @@ def summarise(plain: Curves, llep: Curves, phases: Sequence[Phase]) -> dict:
 
 
 def losses_agree(summary: dict) -> bool:
-    """Whether the two loss curves are the same within the tolerance."""
-    return summary["loss_max_rel_diff"] <= summary["loss_tolerance"]
+    """Whether the two loss curves are the same within the tolerances."""
+    return (
+        summary["loss_early_max_rel_diff"] <= summary["loss_early_tolerance"]
+        and summary["loss_max_rel_diff"] <= summary["loss_tolerance"]
+    )
 
 
 def _in_mib(plain: np.ndarray, llep: np.ndarray) -> dict[str, float | None]:

@@ -20,6 +20,7 @@ from megatron_llep.config import LLEPConfig
 from megatron_llep.lending import SharedLending
 from megatron_llep.metrics import install_tracker
 from megatron_llep.moe_layer import LLEPMoELayer
+from megatron_llep.progress import Progress
 
 
 def with_llep(spec: Any, config: LLEPConfig) -> Any:
@@ -44,6 +45,7 @@ def convert_model(
     model: Sequence[torch.nn.Module],
     config: LLEPConfig,
     pg_collection: ProcessGroupCollection | None = None,
+    progress: Progress | None = None,
 ) -> list[torch.nn.Module]:
     """Convert every MoE layer of a built model, before DDP wraps it; all ranks call it.
 
@@ -51,6 +53,7 @@ def convert_model(
         model: the model chunks of this rank's pipeline stage.
         config: LLEP's settings; `enabled=False` changes nothing.
         pg_collection: the model's process groups. Default: Megatron's global ones.
+        progress: told by the layers where this rank is; a caller adds it to errors of training.
 
     Returns:
         The same chunks.
@@ -59,7 +62,7 @@ def convert_model(
     if not config.enabled:
         return chunks
     install_tracker()
-    shared = SharedLending()
+    shared = SharedLending(progress)
     pg_collection = pg_collection or get_default_pg_collection()
     for chunk in chunks:
         for layer in chunk.modules():

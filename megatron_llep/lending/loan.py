@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_llep.lending.memory import ForeignMemory
 from megatron_llep.lending.route import Route
 from megatron_llep.planner import Plan
+from megatron_llep.progress import Progress
 
 Weights = tuple[torch.Tensor, ...]
 
@@ -33,6 +34,7 @@ class Loan:
         returns: bool,
         refetch: bool,
         memory: ForeignMemory,
+        progress: Progress,
     ):
         self.route = route
         self.natives = natives
@@ -43,6 +45,7 @@ class Loan:
         self._group = group
         self._grad_dtype = grad_dtype
         self._memory = memory
+        self._progress = progress
         self._shapes = tuple(weight.shape for weight in natives[0])
         self._width = sum(shape.numel() for shape in self._shapes)  # W
         like = natives[0][0]
@@ -75,7 +78,8 @@ class Loan:
         """Wait for the exchange in flight; what came in."""
         assert self._work is not None
         assert self._in_flight is not None
-        self._work.wait()
+        with self._progress.told_in_errors():
+            self._work.wait()
         incoming, _ = self._in_flight
         self._work = self._in_flight = None
         return incoming
@@ -139,14 +143,15 @@ class Loan:
     ) -> None:
         """Start an all-to-all of sends[r] experts to and receives[r] experts from each rank r."""
         self._in_flight = (incoming, outgoing)  # keeps both alive
-        self._work = dist.all_to_all_single(
-            incoming,
-            outgoing,
-            output_split_sizes=[count * self._width for count in receives],
-            input_split_sizes=[count * self._width for count in sends],
-            group=self._group,
-            async_op=True,
-        )
+        with self._progress.told_in_errors():
+            self._work = dist.all_to_all_single(
+                incoming,
+                outgoing,
+                output_split_sizes=[count * self._width for count in receives],
+                input_split_sizes=[count * self._width for count in sends],
+                group=self._group,
+                async_op=True,
+            )
 
     def _split(self, flat: torch.Tensor) -> list[Weights]:
         """Cut [n * W] numbers into n experts' tensors, without copying.
@@ -186,6 +191,7 @@ def start_lending(
     returns: bool,
     refetch: bool,
     memory: ForeignMemory,
+    progress: Progress,
 ) -> Loan:
     """Start sending lent experts to their borrowers; `lend` waits for them.
 
@@ -198,6 +204,7 @@ def start_lending(
         refetch: whether to free foreign weights after forward and lend them again in backward;
             the same on every rank.
         memory: counts the foreign weights of this rank.
+        progress: tells in errors where this rank was.
     """
     loan = Loan(
         Route.of(plan, dist.get_rank(group)),
@@ -207,6 +214,7 @@ def start_lending(
         returns=returns,
         refetch=refetch,
         memory=memory,
+        progress=progress,
     )
     loan.start_fetch()
     return loan

@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -55,7 +57,7 @@ def run_tiny(
     llep: bool,
     layout: Mapping[str, object] | None = None,
     processes: int | None = None,
-    timeout: float = 120.0,
+    timeout: float = 200.0,
 ) -> Log:
     """Run configs/tiny.yaml, made smaller, through tools/launch.py and torchrun.
 
@@ -72,8 +74,8 @@ def run_tiny(
     for name, value in (layout or {}).items():
         command += ["--set", f"--{name}={str(value).lower()}"]
     command += ["--", *SMALL, *(EAGER if llep else []), *map(str, flags)]
-    with _started(command, {}) as process:
-        text, code = _finish(process, timeout)
+    with _start(command, {}) as started:
+        text, code = started.finish(timeout)
     assert code == 0, f"ended with {code}: {' '.join(command)}\n{text[-TAIL:]}"
     return Log(text)
 
@@ -86,7 +88,7 @@ def run_ranks_by_hand(flags_of_rank: Sequence[Sequence[str]], timeout: float) ->
     """
     with contextlib.ExitStack() as stack:
         port = str(find_free_port())
-        processes = []
+        started = []
         for rank, flags in enumerate(flags_of_rank):
             environment = {
                 "RANK": str(rank),
@@ -96,8 +98,8 @@ def run_ranks_by_hand(flags_of_rank: Sequence[Sequence[str]], timeout: float) ->
                 "MASTER_PORT": port,
             }
             command = [sys.executable, str(SCRIPT), *flags]
-            processes.append(stack.enter_context(_started(command, environment)))
-        finished = [_finish(process, timeout) for process in processes]
+            started.append(stack.enter_context(_start(command, environment)))
+        finished = [each.finish(timeout) for each in started]
     return [f"{text}\nexit code {code}" for text, code in finished]
 
 
@@ -116,44 +118,51 @@ def find_free_port() -> int:
         return probe.getsockname()[1]
 
 
+@dataclass(frozen=True)
+class _Started:
+    """A running command and what it prints; a file, as nobody reads a pipe meanwhile."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+    def finish(self, timeout: float) -> tuple[str, int]:
+        """Wait for the end; what was printed and the exit code."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"no end after {timeout} s:\n{self._read()[-TAIL:]}") from None
+        return self._read(), code
+
+    def kill(self) -> None:
+        """Kill it and its descendants: torchrun's workers have sessions of their own."""
+        if self.process.poll() is not None:
+            return
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        for pid in (self.process.pid, *(child.pid for child in children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _read(self) -> str:
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")
+
+
 @contextlib.contextmanager
-def _started(
-    command: Sequence[str], environment: dict[str, str]
-) -> Iterator["subprocess.Popen[str]"]:
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[_Started]:
     """Start a command; whatever is left of it at the end is killed."""
     settings = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **settings, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    try:
-        yield process
-    finally:
-        _kill_tree(process)
-
-
-def _finish(process: "subprocess.Popen[str]", timeout: float) -> tuple[str, int]:
-    """Wait for the end; what was printed and the exit code."""
-    try:
-        text, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        _kill_tree(process)
-        text, _ = process.communicate()
-        raise AssertionError(f"no end after {timeout} s:\n{text[-TAIL:]}") from None
-    return text, process.returncode
-
-
-def _kill_tree(process: "subprocess.Popen[str]") -> None:
-    """Kill a process and its descendants: torchrun's workers have sessions of their own."""
-    if process.poll() is not None:
-        return
-    family = [process.pid, *(each.pid for each in psutil.Process(process.pid).children(True))]
-    for pid in family:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **settings, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        started = _Started(process, output)
+        try:
+            yield started
+        finally:
+            started.kill()

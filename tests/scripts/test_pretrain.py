@@ -16,6 +16,9 @@ from torch.distributed.checkpoint import FileSystemReader
 STEPS = 6
 HALF = 3
 TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.timeout(600)  # a fixture may start the script twice
+
 METRICS = (
     "overload_factor_before",
     "overload_factor_after",
@@ -78,16 +81,30 @@ def lending_from_plain(train, plain, folder) -> Log:
     return train("lending-2", "--load", folder / "plain", "--ckpt-step", HALF, llep=True)
 
 
-def read_scalars(folder: Path) -> dict[str, list[float]]:
-    events = EventAccumulator(str(folder)).Reload()
-    names = events.Tags()["scalars"]
-    return {name: [event.value for event in events.Scalars(name)] for name in names}
+Scalars = dict[str, dict[int, float]]
+"""Name -> step -> value."""
 
 
-def test_losses_are_those_of_plain_megatron(plain, lending):
+@pytest.fixture(scope="module")
+def scalars(folder):
+    """What a run has written for TensorBoard."""
+
+    def read(name: str) -> Scalars:
+        events = EventAccumulator(str(folder / f"{name}-tensorboard")).Reload()
+        return {
+            tag: {event.step: event.value for event in events.Scalars(tag)}
+            for tag in events.Tags()["scalars"]
+        }
+
+    return read
+
+
+def test_losses_are_those_of_plain_megatron(plain, lending, scalars):
     assert list(plain.losses) == list(range(1, STEPS + 1))
     assert lending.losses == pytest.approx(plain.losses, rel=TOLERANCE)
-    assert lending.read("grad norm") == pytest.approx(plain.read("grad norm"), rel=1e-3)
+    expected, actual = scalars("plain"), scalars("lending")
+    assert actual["lm loss"] == pytest.approx(expected["lm loss"], rel=TOLERANCE)
+    assert actual["grad-norm"] == pytest.approx(expected["grad-norm"], rel=1e-4)
 
 
 def test_console_line(plain, lending):
@@ -101,17 +118,16 @@ def test_console_line(plain, lending):
     assert all(count > 0 for count in lending.read("lent_experts").values())
 
 
-def test_tensorboard(lending, plain, folder):
-    scalars = read_scalars(folder / "lending-tensorboard")
+def test_tensorboard(lending, plain, scalars):
+    logged = scalars("lending")
     for name in METRICS:
-        values = scalars[f"moe/llep/{name}"]
         # The console rounds to two decimals.
-        assert values == pytest.approx(list(lending.read(name).values()), abs=0.0051)
-        assert f"moe/llep/{name}_layer_0" in scalars
-        assert f"moe/llep/{name}_layer_1" in scalars
-    before, after = (scalars[f"moe/llep/max_tokens_{when}"] for when in ("before", "after"))
-    assert max(after) <= max(before)
-    assert not any("llep" in name for name in read_scalars(folder / "plain-tensorboard"))
+        assert logged[f"moe/llep/{name}"] == pytest.approx(lending.read(name), abs=0.0051)
+        assert f"moe/llep/{name}_layer_0" in logged
+        assert f"moe/llep/{name}_layer_1" in logged
+    before, after = (logged[f"moe/llep/max_tokens_{when}"] for when in ("before", "after"))
+    assert max(after.values()) <= max(before.values())
+    assert not any("llep" in name for name in scalars("plain"))
 
 
 def test_wandb(lending, folder):
@@ -131,18 +147,26 @@ def test_first_lines_name_the_device_and_the_added_flags(lending):
     assert added == [f"no GPU: added {words}"]
 
 
-def assert_resumed_as(whole: Log, resumed: Log) -> None:
-    assert "successfully loaded checkpoint" in resumed.text
-    expected = {step: loss for step, loss in whole.losses.items() if step > HALF}
-    assert resumed.losses == pytest.approx(expected, rel=TOLERANCE)
+@pytest.fixture(scope="module")
+def assert_resumed(plain, scalars):
+    def check(name: str, resumed: Log) -> None:
+        assert "successfully loaded checkpoint" in resumed.text
+        # Not from the console: after the first step of a run Megatron does not reset the sum of
+        # losses that it prints the mean of.
+        for tag, tolerance in (("lm loss", TOLERANCE), ("grad-norm", 1e-4)):
+            whole = {step: value for step, value in scalars("plain")[tag].items() if step > HALF}
+            assert scalars(name)[tag] == pytest.approx(whole, rel=tolerance)
+
+    return check
 
 
-def test_plain_megatron_resumes_from_llep(plain, plain_from_lending):
-    assert_resumed_as(plain, plain_from_lending)
+def test_plain_megatron_resumes_from_llep(plain_from_lending, assert_resumed):
+    assert_resumed("plain-2", plain_from_lending)
+    assert not plain_from_lending.read("lent_experts")
 
 
-def test_llep_resumes_from_plain_megatron(plain, lending_from_plain):
-    assert_resumed_as(plain, lending_from_plain)
+def test_llep_resumes_from_plain_megatron(lending_from_plain, assert_resumed):
+    assert_resumed("lending-2", lending_from_plain)
     assert all(count > 0 for count in lending_from_plain.read("lent_experts").values())
 
 
@@ -161,7 +185,7 @@ def test_checkpoints_hold_the_same(plain, lending, folder):
 def test_ranks_that_disagree_end_with_the_same_error():
     flags = tiny_flags("--mock-data", "--train-iters", "2")
     without = tiny_flags("--mock-data", "--train-iters", "2", without=["--moe-llep"])
-    for text in run_ranks_by_hand([flags, without], timeout=90):
+    for text in run_ranks_by_hand([flags, without], timeout=150):
         assert "ValueError: LLEP settings differ between ranks" in text
         assert "--moe-llep: [True, False]" in text
         assert text.endswith("exit code 1")
@@ -171,7 +195,7 @@ def test_ranks_that_disagree_end_with_the_same_error():
 def test_a_bad_setting_ends_the_script_before_the_ranks_meet():
     # Two ranks are awaited and one comes: any process group would wait for the other.
     flags = tiny_flags("--mock-data", "--moe-llep-planner", "best")
-    [text] = run_ranks_by_hand([flags], timeout=60)
+    [text] = run_ranks_by_hand([flags], timeout=150)
     assert "ValueError: --moe-llep-planner best: choose one of" in text
     assert text.endswith("exit code 1")
 
@@ -206,8 +230,7 @@ def test_layouts_and_modes(name, corpus):
     processes = 4 if name == "EP2xDP2" else None
     flags = ["--data-path", corpus, "--train-iters", 4, *flags]
     runs = [
-        run_tiny(flags, llep=llep, layout=layout, processes=processes, timeout=140)
-        for llep in (False, True)
+        run_tiny(flags, llep=llep, layout=layout, processes=processes) for llep in (False, True)
     ]
     tolerance = 5e-3 if "bf16" in name else TOLERANCE
     assert runs[1].losses == pytest.approx(runs[0].losses, rel=tolerance)

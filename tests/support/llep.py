@@ -6,6 +6,8 @@ from typing import Any, Literal
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model, with_llep
 from megatron_llep.moe_layer import LLEPMoELayer
+from megatron_llep.planner import Plan
+from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
 from support.comparison import get_relative_difference
 from support.training import Chunks, Run, TrainResult, train
 
@@ -29,22 +31,19 @@ class Loans:
 
 def train_with_llep(run: Run, llep: LLEPConfig = EAGER, seam: Seam = "model") -> TrainResult:
     """As `train`, with LLEP switched on through one of its seams; `observed` holds the Loans."""
-    plans: list[Any] = []
+    decisions: list[Decision] = []
 
     def watch(chunks: Chunks) -> None:
         if seam == "model":
             convert_model(chunks, llep)
-        for chunk in chunks:
-            for module in chunk.modules():
-                if isinstance(module, LLEPMoELayer):
-                    _watch_decisions(module.token_dispatcher, plans)
+        note_decisions(chunks, decisions)
 
     result = train(
         run,
         transform_spec=(lambda spec: with_llep(spec, llep)) if seam == "spec" else None,
         transform_model=watch,
     )
-    return replace(result, observed=_sum_up(plans))
+    return replace(result, observed=_sum_up([decision.plan for decision in decisions]))
 
 
 def assert_same_run(
@@ -54,13 +53,13 @@ def assert_same_run(
     loss_tolerance: float = 1e-5,
     gradient_tolerance: float = 1e-4,
 ) -> None:
-    """Losses, norms, every gradient and every final parameter of one rank are those of `plain`."""
+    """Losses, norms, gradients, final parameters and optimizer state of one rank are `plain`'s."""
     for name in ("losses", "gradient_norms"):
         for mine, expected in zip(getattr(actual, name), getattr(plain, name), strict=True):
             assert abs(mine - expected) <= loss_tolerance * abs(expected), (
                 f"{name} {getattr(actual, name)} != {getattr(plain, name)}"
             )
-    for name in ("gradients", "parameters"):
+    for name in ("gradients", "parameters", "buffers", "optimizer_state"):
         mine, expected = getattr(actual, name), getattr(plain, name)
         assert mine.keys() == expected.keys()
         for key in expected:
@@ -68,18 +67,25 @@ def assert_same_run(
             assert difference <= gradient_tolerance, f"{name}: {key} differs by {difference:.1e}"
 
 
-def _watch_decisions(dispatcher: Any, plans: list[Any]) -> None:
+def note_decisions(chunks: Chunks, decisions: list[Decision]) -> None:
+    """Append to `decisions` whatever the LLEP layers of the model decide from now on."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, LLEPMoELayer):
+                _note(module.token_dispatcher, decisions)
+
+
+def _note(dispatcher: LLEPTokenDispatcher, decisions: list[Decision]) -> None:
     decide = dispatcher.decide
 
-    def decide_and_note(*args: Any, **kwargs: Any) -> Any:
-        decision = decide(*args, **kwargs)
-        plans.append(decision.plan)
-        return decision
+    def decide_and_note(*args: Any, **kwargs: Any) -> Decision:
+        decisions.append(decide(*args, **kwargs))
+        return decisions[-1]
 
     dispatcher.decide = decide_and_note
 
 
-def _sum_up(plans: list[Any]) -> Loans:
+def _sum_up(plans: list[Plan]) -> Loans:
     return Loans(
         plans=len(plans),
         fallbacks=sum(plan.is_fallback for plan in plans),

@@ -24,12 +24,20 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_llep.integration.local_spec import build_local_block_spec, build_local_mtp_spec
 from support.layout import SEED, Layout, use_layout
+from support.optimizer_state import read_optimizer_state
 from support.routing import Routing, force_routing
 from support.weights import Shard, fill_parameters, list_parameters
 
 VOCABULARY = 64
 
 Chunks = list[torch.nn.Module]
+
+
+def make_tokens(run: "Run", step: int, micro_batch: int) -> torch.Tensor:
+    """Token ids [b, s + 1] of a micro-batch, counted over the whole world."""
+    generator = torch.Generator().manual_seed(SEED + 1000 * step + micro_batch)
+    shape = (run.micro_batch_size, run.sequence_length + 1)
+    return torch.randint(VOCABULARY, shape, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,19 @@ class Run:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     """Fields of OptimizerConfig; SGD by default, as Adam hides the gradient's scale."""
     tied_embeddings: bool = False
+    tokens: Callable[["Run", int, int], torch.Tensor] = make_tokens
+    """The micro-batch [b, s + 1] of a step, by its number in the whole world."""
+    prepare: Callable[[Chunks], None] | None = None
+    """Called with the built model chunks before DDP wraps them: to freeze, to change routers."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """What one rank saw. Losses and norms are those of the whole world, one per step.
 
-    Gradients (after the data-parallel reduction, at the last step) and final parameters are this
-    rank's parts, by global name; ``shards`` says which parts.
+    Gradients (after the data-parallel reduction, at the last step), final parameters and buffers
+    are this rank's parts, by global name; ``shards`` says which parts of the parameters. The
+    optimizer's state is by global name and kind, as "name/exp_avg".
     """
 
     losses: list[float]
@@ -65,6 +78,8 @@ class TrainResult:
     gradients: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
     shards: dict[str, Shard]
+    buffers: dict[str, torch.Tensor]
+    optimizer_state: dict[str, torch.Tensor]
     observed: Any = None
 
 
@@ -89,6 +104,8 @@ def train(
         if transform_model is not None:
             transform_model(chunks)
         force_routing(chunks, run.routing)
+        if run.prepare is not None:
+            run.prepare(chunks)
         wrapped = _wrap(chunks, config, run)
         optimizer = _make_optimizer(wrapped, run)
         losses, norms = [], []
@@ -116,6 +133,12 @@ def train(
             gradients,
             {each.name: each.parameter.detach().clone() for each in named},
             {each.name: each.shard for each in named},
+            {
+                f"{stage}.{name}": buffer.detach().clone()
+                for stage, chunk in enumerate(chunks)
+                for name, buffer in chunk.named_buffers()
+            },
+            read_optimizer_state(optimizer, named),
             observe(chunks) if observe is not None else None,
         )
 
@@ -192,13 +215,6 @@ def build_model(
     return chunks
 
 
-def make_tokens(run: Run, step: int, micro_batch: int) -> torch.Tensor:
-    """Token ids [b, s + 1] of a micro-batch, counted over the whole world."""
-    generator = torch.Generator().manual_seed(SEED + 1000 * step + micro_batch)
-    shape = (run.micro_batch_size, run.sequence_length + 1)
-    return torch.randint(VOCABULARY, shape, generator=generator)
-
-
 def _wrap(chunks: Chunks, config: TransformerConfig, run: Run) -> list[Any]:
     ddp_config = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **run.ddp})
     wrapped = [
@@ -241,7 +257,7 @@ def _forward_backward(wrapped: list[Any], run: Run, step: int) -> float:
     mine = range(parallel_state.get_data_parallel_rank(), run.micro_batches, dp)
 
     def iterate() -> Iterator[torch.Tensor]:
-        return iter([make_tokens(run, step, number) for number in mine])
+        return iter([run.tokens(run, step, number) for number in mine])
 
     iterators = [iterate() for _ in wrapped]
     reports = get_forward_backward_func()(

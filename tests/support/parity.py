@@ -1,0 +1,56 @@
+"""Many runs in one process group, each plain and with LLEP, which must agree."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_llep.config import LLEPConfig
+from support.llep import EAGER, Loans, assert_same_run, train_with_llep
+from support.ranks import run_ranks
+from support.training import Run, TrainResult, train
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run, and how close LLEP must come to plain Megatron."""
+
+    run: Run
+    llep: LLEPConfig = EAGER
+    loss_tolerance: float = 1e-5
+    gradient_tolerance: float = 1e-4
+
+
+def compare_one(case: Case) -> tuple[TrainResult, Loans]:
+    """Train on this rank's world, plain and with LLEP; the plain result and what was lent.
+
+    Raises:
+        AssertionError: the two differ, or nothing was lent.
+    """
+    plain = train(case.run)
+    lending = train_with_llep(case.run, case.llep)
+    assert_same_run(
+        lending,
+        plain,
+        loss_tolerance=case.loss_tolerance,
+        gradient_tolerance=case.gradient_tolerance,
+    )
+    assert lending.observed.transfers > 0, "nothing was lent"
+    return plain, lending.observed
+
+
+def compare_all(cases: Mapping[str, Case], *, timeout: float = 240) -> None:
+    """Compare every case in one process group; all have the same world size.
+
+    Raises:
+        AssertionError: the traceback of a rank, which ends with the name of the case.
+    """
+    (world_size,) = {case.run.layout.world_size for case in cases.values()}
+
+    def work(rank: int, size: int) -> None:
+        for name, case in cases.items():
+            try:
+                compare_one(case)
+            except BaseException as error:
+                error.add_note(f"case: {name}")
+                raise
+
+    run_ranks(work, world_size, timeout=timeout)
