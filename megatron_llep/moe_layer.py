@@ -84,7 +84,7 @@ class LLEPMoELayer(MoELayer):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `MoELayer.forward`; an error from within says which layer and micro-batch it was."""
-        progress, place = self.shared_lending.progress, self._place()
+        progress, place = self.shared_lending.progress, self._count_forward()
         progress.enter(f"forward of {place}")
         with progress.told_in_errors():
             outputs = super().forward(hidden_states, *args, **kwargs)
@@ -134,7 +134,7 @@ class LLEPMoELayer(MoELayer):
         output = settle(loan, output)
         return self.token_dispatcher.combine_preprocess(output), None
 
-    def _place(self) -> str:
+    def _count_forward(self) -> str:
         """This forward, in words; a recomputed one is not counted again."""
         kind = "MTP layer" if self.is_mtp_layer else "layer"
         if not self.training:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pre-train on one machine, on its GPUs or, where there are none, on its CPU.
 #
-#   pretrain/torchrun.sh configs/tiny.yaml
+#   pretrain/torchrun.sh configs/tiny.yaml -- --mock-data
 #   pretrain/torchrun.sh configs/tiny.yaml --no-llep -- --data-path data/docs --train-iters 50
 #
 # Arguments go to tools/launch.py as they are: the YAML file, its options, then `--` and Megatron's

@@ -1,7 +1,7 @@
 """Turn a model configuration (configs/*.yaml) into a torchrun command, print it and run it.
 
-    python tools/launch.py configs/tiny.yaml
-    python tools/launch.py configs/tiny.yaml --no-llep -- --train-iters 50
+    python tools/launch.py configs/tiny.yaml -- --mock-data
+    python tools/launch.py configs/tiny.yaml --no-llep -- --mock-data --train-iters 50
     python tools/launch.py configs/tiny.yaml --set --tensor-model-parallel-size=2 --dry-run
     python tools/launch.py configs/gpt-oss-120b.yaml --nnodes 8 --node-rank 3 \
         --rdzv-endpoint node0:29500 -- --data-path data/docs --save checkpoints

@@ -15,7 +15,7 @@ from support.training import Run
 def assert_same_bits(actual, expected):
     assert actual.losses == expected.losses
     assert actual.gradient_norms == expected.gradient_norms
-    for name in ("gradients", "parameters"):
+    for name in ("gradients", "parameters", "optimizer_state"):
         for key, value in getattr(expected, name).items():
             assert torch.equal(getattr(actual, name)[key], value), f"{name}: {key} differs"
 

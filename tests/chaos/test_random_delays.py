@@ -139,9 +139,10 @@ def test_late_ranks_change_nothing():
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_late_ranks_change_nothing_in_any_of_200_draws():
-    # In parts: every process group that Megatron makes holds memory and sockets until its end.
-    for first in range(0, 200, 40):
-        assert train_draws(range(first, first + 40), timeout=600) > 0
+    # In parts: every process group that Megatron makes holds threads until its process ends, some
+    # 45 a draw; with 40 draws a process the machine did little but switch between them.
+    for first in range(0, 200, 10):
+        assert train_draws(range(first, first + 10), timeout=300) > 0
 
 
 def test_different_collectives_are_seen():

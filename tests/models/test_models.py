@@ -154,5 +154,5 @@ def test_only_the_model_hook_reaches_prediction_layers(seam):
 def test_latent_experts_are_refused_by_flag():
     config = make_config(Run(layout=EP2))
     config.moe_latent_size = 16
-    with pytest.raises(ValueError, match="--moe-latent-size 16: .* leave the flag out"):
+    with pytest.raises(ValueError, match=r"--moe-latent-size 16: .* leave the flag out"):
         check_config(config, EAGER)

@@ -118,12 +118,6 @@ def test_without_llep_megatron_decides(case, use_command_line):
     check_as_given(parse_args(add_llep_arguments))
 
 
-def test_fused_gradient_accumulation_must_be_off(use_command_line):
-    use_command_line(tiny_flags(*DATA, without=["--no-gradient-accumulation-fusion"]))
-    with pytest.raises(ValueError, match="use --no-gradient-accumulation-fusion"):
-        read_arguments()
-
-
 def test_the_shape_may_come_from_a_checkpoint(use_command_line):
     flags = tiny_flags(*DATA, "--use-checkpoint-args", without=["--num-experts"])
     use_command_line(flags)

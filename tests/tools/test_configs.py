@@ -232,7 +232,7 @@ def count_parameters(shape):
 
 
 def test_every_published_model_is_there():
-    assert {path.stem for path in CONFIGS} == {"tiny", *PUBLISHED}
+    assert {path.stem for path in CONFIGS} == {"tiny", "demo", *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,12 +1,13 @@
 """Every parallel layout, crossed with what the optimizer, recompute and lending can do."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from covering import Row, cover_pairs
 
-from matrix.covering import Row, cover_pairs
 from support.layout import Layout
 from support.llep import EAGER
 from support.parity import Case, compare_all
@@ -15,7 +16,8 @@ from support.training import Run
 
 # Megatron's distributed optimizer takes Adam alone; a large epsilon keeps the gradient's scale.
 ADAM = {"optimizer": "adam", "adam_eps": 1.0, "lr": 0.5}
-SGD: dict[str, Any] = {}
+# At a high rate, 20 steps of a deep model amplify rounding to more than the tolerance.
+SGD: dict[str, Any] = {"lr": 0.01}
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 
 LAYOUTS = [
@@ -164,8 +166,6 @@ def make_sample(layout: Layout, rows: list[Row], steps: int) -> dict[str, Case]:
 
 
 def test_the_sample_covers_all_pairs():
-    import itertools
-
     for a, b in itertools.combinations(FACTORS, 2):
         for x, y in itertools.product(FACTORS[a], FACTORS[b]):
             impossible = {(a, x), (b, y)} in (
