@@ -25,9 +25,11 @@ def main() -> None:
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megatron_llep.progress import Progress
     from megatron_llep.training.arguments import read_arguments
     from megatron_llep.training.cpu_flags import flags_without_gpu
     from megatron_llep.training.data import build_datasets
+    from megatron_llep.training.errors import tell_place
     from megatron_llep.training.model import build_model_config
     from megatron_llep.training.peak_memory import report_peak_memory
     from megatron_llep.training.step import forward_step
@@ -38,15 +40,17 @@ def main() -> None:
         if added and int(os.environ.get("RANK", "0")) == 0:
             print(f"no GPU: added {' '.join(added)}", flush=True)
     args, llep = read_arguments()
-    model_config = build_model_config(args, llep)
+    progress = Progress()
+    model_config = build_model_config(args, llep, progress)
 
     set_startup_timestamps(program_start=_START, main_entry=time.time())
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        build_datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    with tell_place(args, progress):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            build_datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
     report_peak_memory()
 
 

@@ -11,15 +11,19 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.local_spec import build_local_block_spec
+from megatron_llep.progress import Progress
 from megatron_llep.validation import check_same_on_all_ranks
 
 
-def build_model_config(args: Namespace, llep: LLEPConfig) -> GPTModelConfig:
-    """Megatron's model configuration; its hook converts the MoE layers before DDP wraps them."""
+def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> GPTModelConfig:
+    """Megatron's model configuration; its hook converts the MoE layers before DDP wraps them.
+
+    The layers tell `progress` where this rank is.
+    """
     config = gpt_config_from_args(args)
     if config.transformer_layer_spec is None and config.transformer.transformer_impl == "local":
         config.transformer_layer_spec = _local_layers
-    config.pre_wrap_hooks.append(partial(_start_llep, llep=llep))
+    config.pre_wrap_hooks.append(partial(_start_llep, llep=llep, progress=progress))
     return config
 
 
@@ -29,7 +33,9 @@ def _local_layers(
     return build_local_block_spec(config.transformer, vp_stage)
 
 
-def _start_llep(model: list[torch.nn.Module], llep: LLEPConfig) -> list[torch.nn.Module]:
+def _start_llep(
+    model: list[torch.nn.Module], llep: LLEPConfig, progress: Progress
+) -> list[torch.nn.Module]:
     # Also where LLEP is off here: another rank may have it on.
     check_same_on_all_ranks(llep)
-    return convert_model(model, llep)
+    return convert_model(model, llep, progress=progress)
