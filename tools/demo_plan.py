@@ -39,6 +39,7 @@ class Layout:
             "--pipeline-model-parallel-size": self.pp,
             "--expert-model-parallel-size": self.ep,
             "--expert-tensor-parallel-size": self.etp,
+            "--sequence-parallel": self.tp > 1,  # Megatron's MoE layers demand it
         }
 
     def world_size(self) -> int:

@@ -58,6 +58,11 @@ def check_as_given(args: Namespace) -> LLEPConfig:
     for name, message in unsupported.items():
         if getattr(args, name):
             raise ValueError(message)
+    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains MoE "
+            "layers under tensor parallelism only with --sequence-parallel; add that flag"
+        )
     check_data_arguments(args)
     if llep.enabled and not args.use_checkpoint_args:
         # Under the names of TransformerConfig, where they differ.

@@ -68,6 +68,11 @@ BAD = {
         "--moe-llep-max-foreign-experts -1",
         "0 or more",
     ),
+    "tensor parallel": (
+        ["--tensor-model-parallel-size", "2"],
+        "--tensor-model-parallel-size 2",
+        "add that flag",
+    ),
     "one rank": (
         ["--expert-model-parallel-size", "1"],
         "--expert-model-parallel-size 1",
