@@ -103,6 +103,21 @@ REFUSALS = (
         "--cpu-offloading-num-layers",
         "lent weights must stay where they are used: leave the flag out",
     ),
+    _field(
+        "fine_grained_activation_offloading",
+        "--fine-grained-activation-offloading",
+        "what it does to lent weights is untested: leave the flag out",
+    ),
+    _field(
+        "moe_expert_rank_capacity_factor",
+        "--moe-expert-rank-capacity-factor",
+        "LLEP balances instead of dropping tokens: leave the flag out",
+    ),
+    _field(
+        "moe_paged_stash",
+        "--moe-paged-stash",
+        "it needs tokens to be dropped above a capacity: leave the flag out",
+    ),
 )
 
 

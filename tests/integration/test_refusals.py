@@ -51,6 +51,12 @@ def test_the_supported_configuration_passes():
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
         ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
         ({"cpu_offloading": True}, "--cpu-offloading-num-layers"),
+        (
+            {"fine_grained_activation_offloading": True},
+            "--fine-grained-activation-offloading",
+        ),
+        ({"moe_expert_rank_capacity_factor": 1.5}, "--moe-expert-rank-capacity-factor 1.5"),
+        ({"moe_paged_stash": True}, "--moe-paged-stash"),
     ],
 )
 def test_unsupported_settings_name_flag_and_remedy(changes, flag):

@@ -154,7 +154,8 @@ def make_case(layout: Layout, row: Row, steps: int) -> Case:
     )
     llep = replace(EAGER, planner=row["planner"], foreign_weights=row["foreign_weights"])
     if is_bf16:
-        return Case(run, llep, loss_tolerance=1e-2, gradient_tolerance=5e-2)
+        # Plain Megatron's own gradients are up to 0.2 from those in fp32 here, its losses 3e-4.
+        return Case(run, llep, loss_tolerance=1e-3, gradient_tolerance=0.2)
     return Case(run, llep)
 
 
@@ -162,6 +163,8 @@ ROWS = cover_pairs(FACTORS, is_allowed)
 
 
 def make_sample(layout: Layout, rows: list[Row], steps: int) -> dict[str, Case]:
+    if layout.expert_tp > 1:  # where Megatron has no biases
+        rows = [row | {"model": row["model"].replace("biases", "plain")} for row in rows]
     return {str(row): make_case(layout, row, steps) for row in rows}
 
 
@@ -182,7 +185,9 @@ def test_some_modes():
     compare_all(make_sample(Layout(ep=2, dp=4), ROWS[:4], steps=3))
 
 
-SLICES = {
+# A process keeps the threads of every group it made: a few cases each.
+CASES_PER_PROCESS = 5
+SAMPLES = {
     Layout(ep=2, dp=4): ROWS,
     Layout(tp=2, ep=2, etp=2): ROWS[0::2],
     Layout(pp=2, vpp=2, ep=2): ROWS[1::2],
@@ -190,10 +195,17 @@ SLICES = {
     Layout(ep=4, dp=8): ROWS[1::4],
     Layout(tp=2, pp=2, ep=2, etp=2): ROWS[2::4],
 }
+BATCHES = [
+    (layout, rows[start : start + CASES_PER_PROCESS])
+    for layout, rows in SAMPLES.items()
+    for start in range(0, len(rows), CASES_PER_PROCESS)
+]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1000)
-@pytest.mark.parametrize("layout", SLICES, ids=str)
-def test_every_mode(layout):
-    compare_all(make_sample(layout, SLICES[layout], steps=4), timeout=900)
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize(
+    ("layout", "rows"), BATCHES, ids=lambda value: "" if isinstance(value, list) else str(value)
+)
+def test_every_mode(layout, rows):
+    compare_all(make_sample(layout, rows, steps=4), timeout=600)
