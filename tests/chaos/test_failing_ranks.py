@@ -99,6 +99,19 @@ def test_a_rank_that_raises_ends_both(place):
     assert "KeyError" not in survivor.error
 
 
+def test_an_error_in_a_layer_names_it_with_no_help_from_the_script():
+    def work(rank):
+        def spoil(chunks):
+            convert_model(chunks, EAGER)
+            chunks[0].decoder.layers[1].mlp.experts.forward = lambda *_: throw()
+
+        train(RUN, transform_model=spoil)
+
+    for ending in end_ranks(work, 2, pg_timeout=60):
+        assert "KeyError: 'the cause'" in ending.error
+        assert "this rank entered last: forward of layer 2, micro-batch 1 " in ending.error
+
+
 def test_a_rank_that_hangs_ends_the_other_within_the_time_out():
     work = partial(train_and_fail, place="return", fail=hang, pg_timeout=3)
     survivor, hanging = end_ranks(work, 2, pg_timeout=3)

@@ -56,6 +56,11 @@ ROUTERS = cases(
     groups=GROUPS,
     softmax_before={"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.0},
     softmax_after={"moe_router_pre_softmax": False},
+    probabilities_on_input={
+        "moe_apply_probs_on_input": True,
+        "moe_router_pre_softmax": True,
+        "moe_router_topk": 1,
+    },
     fp32={"moe_router_dtype": "fp32"},
     fp64={"moe_router_dtype": "fp64"},
     aux_loss={
