@@ -1,4 +1,5 @@
 # make demo    train a small MoE model with plain EP and with LLEP, and compare
+# make bench   time one MoE layer with plain EP and with LLEP
 # make test    the tests (CPU, gloo)
 # All targets set up .venv themselves when it is missing or out of date.
 
@@ -15,7 +16,7 @@ EP ?= 2
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo test test-long lint format clean
+.PHONY: help setup bench demo test test-long lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +30,9 @@ $(READY): pyproject.toml constraints.txt tools/find_python.sh
 
 demo: $(READY) ## train with plain EP and with LLEP, and compare: runs/demo/report.html
 	$(BIN)/python tools/demo.py --tp $(TP) --pp $(PP) --ep $(EP)
+
+bench: $(READY) ## one MoE layer, plain EP against LLEP: benchmarks/results/layer.json, .png
+	$(BIN)/python benchmarks/bench_layer.py
 
 test: $(READY) ## the tests, under 20 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow and not gpu"

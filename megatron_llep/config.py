@@ -7,7 +7,9 @@ from typing import Literal
 from megatron_llep.planner import ORDERS, PLANNERS
 
 FOREIGN_WEIGHTS = ("keep", "refetch")
+REPLICAS = ("none", "expert-dp")
 GRAD_DTYPES = ("fp32", "param")
+LEND_TO = ("any_node", "own_node")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +21,15 @@ class LLEPConfig:
     weights of some experts, with the tokens that go to them, to ranks with too few. Routing and
     results are those of plain expert parallelism."""
 
-    planner: Literal["exact", "lla"] = "exact"
-    """How lent experts are chosen. exact: every rank computes the same number of tokens, with at
-    most one lender per borrower. lla: Algorithms 2 and 3 of the paper."""
+    planner: Literal["tolerant", "exact", "lla", "lp", "auto"] = "tolerant"
+    """How lent experts are chosen. tolerant: as few as bring every rank within --moe-llep-tolerance
+    of the mean load. exact: every rank computes the same number of tokens, with at most one lender
+    per borrower. lla: Algorithms 2 and 3 of the paper. lp: nothing is lent; tokens
+    are spread over replicas so that the largest load is least, see --moe-llep-replicas. auto: plain
+    expert parallelism or a plan, whichever --moe-llep-cost-model predicts to be fastest."""
+
+    tolerance: float = 0.05
+    """Planner tolerant: part of the mean load by which a rank's load may exceed it."""
 
     capacity_factor: float = 1.0
     """Planner lla, the paper's alpha: a rank takes tokens up to this many times the mean load."""
@@ -29,13 +37,31 @@ class LLEPConfig:
     min_tokens_per_gemm: int = 1024
     """Planner lla, the paper's m: an expert is not lent for fewer tokens than this."""
 
-    imbalance_threshold: float = 1.3
-    """The paper's lambda: plain expert parallelism runs where the most loaded rank has less than
-    this many times the mean load."""
+    imbalance_threshold: float | None = None
+    """Plain expert parallelism runs where the most loaded rank has less than this many times the
+    mean load. Default: for lla 1.3, the paper's lambda; else 1 + tolerance. Planner auto does
+    without."""
+
+    cost_model: str | None = None
+    """Planner auto, in place of the numbers above: a file that `python -m megatron_llep
+    calibrate` wrote on this kind of machine, or a preset from data sheets, h100 or h200."""
+
+    replicas: Literal["none", "expert-dp"] = "none"
+    """Where a token may be computed without moving weights. none: by the expert of its own
+    expert-parallel group. expert-dp: by any replica of the expert that expert data parallelism
+    holds; what replicas cannot even out is lent among all these ranks, if the planner lends."""
 
     max_foreign_experts: int | None = None
     """Most experts a rank may borrow for one layer of one micro-batch, which bounds the memory
     they take. Default: as many as a rank hosts."""
+
+    ranks_per_node: int | None = None
+    """Ranks on each node, of those that share tokens. Lending and tokens then prefer the own node.
+    Default: all ranks count as one node."""
+
+    lend_to: Literal["any_node", "own_node"] = "any_node"
+    """own_node: experts are lent within --moe-llep-ranks-per-node only, so that each node balances
+    itself."""
 
     token_assignment: Literal["local_first", "rank_order"] = "local_first"
     """Which tokens of a lent expert go where. local_first: tokens stay on their rank where its
@@ -58,10 +84,38 @@ class LLEPConfig:
             ValueError: names the flag, its value and what it may be.
         """
         _require_choice("--moe-llep-planner", self.planner, tuple(PLANNERS))
+        _require_choice("--moe-llep-replicas", self.replicas, REPLICAS)
+        _require(
+            self.planner != "lp" or self.replicas != "none",
+            "--moe-llep-planner",
+            self.planner,
+            "it lends nothing, but spreads tokens over replicas: give --moe-llep-replicas "
+            "expert-dp, or choose another planner",
+        )
+        _require(
+            self.planner != "auto" or self.cost_model is not None,
+            "--moe-llep-planner",
+            self.planner,
+            "it predicts times: give --moe-llep-cost-model a file that `python -m megatron_llep "
+            "calibrate` wrote, or choose another planner",
+        )
         _require_choice("--moe-llep-token-assignment", self.token_assignment, ORDERS)
         if self.foreign_weights is not None:
             _require_choice("--moe-llep-foreign-weights", self.foreign_weights, FOREIGN_WEIGHTS)
         _require_choice("--moe-llep-grad-dtype", self.grad_dtype, GRAD_DTYPES)
+        _require_choice("--moe-llep-lend-to", self.lend_to, LEND_TO)
+        _require(
+            math.isfinite(self.tolerance) and self.tolerance >= 0,
+            "--moe-llep-tolerance",
+            self.tolerance,
+            "it is a part of the mean load: give a finite number, 0 or more",
+        )
+        _require(
+            self.ranks_per_node is None or self.ranks_per_node >= 1,
+            "--moe-llep-ranks-per-node",
+            self.ranks_per_node,
+            "give a number of ranks, 1 or more, or leave it out",
+        )
         _require(
             math.isfinite(self.capacity_factor) and self.capacity_factor >= 1,
             "--moe-llep-capacity-factor",
@@ -75,7 +129,7 @@ class LLEPConfig:
             "give a number of tokens, 0 or more",
         )
         _require(
-            self.imbalance_threshold >= 0,  # False for NaN too
+            self.imbalance_threshold is None or self.imbalance_threshold >= 0,  # False for NaN too
             "--moe-llep-imbalance-threshold",
             self.imbalance_threshold,
             "give a multiple of the mean load, 0 or more (below 1: never fall back)",

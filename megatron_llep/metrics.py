@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_logging import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_llep.planner import Plan
+from megatron_llep.planner import Plan, imbalance_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ METRICS = (
     ),
     Metric(
         name="lent_experts",
-        help="experts lent, all ranks of one expert-parallel group; sum over layers",
+        help="experts lent, all ranks that share tokens; sum over layers",
         across_layers=np.sum,
     ),
     Metric(
         name="lent_mib",
-        help="weights lent, MiB, all ranks of one expert-parallel group; sum over layers",
+        help="weights lent, MiB, all ranks that share tokens; sum over layers",
         across_layers=np.sum,
     ),
     Metric(
@@ -138,6 +138,7 @@ def install_tracker() -> None:
 
 def record_plan(
     plan: Plan,
+    load_before: np.ndarray,
     *,
     layer_number: int,
     is_mtp_layer: bool,
@@ -150,6 +151,8 @@ def record_plan(
 
     Args:
         plan: the plan of this layer and micro-batch.
+        load_before: tokens on each rank under plain expert parallelism. (The plan's own "before"
+            is after tokens were spread over replicas.)
         layer_number: from 1, as Megatron counts; multi-token prediction layers from 1 again.
         is_mtp_layer: whether this is such a layer.
         config: of the model.
@@ -162,14 +165,14 @@ def record_plan(
         return
     lent = len(plan.transfers)
     values = {
-        "overload_factor_before": plan.imbalance_before,
+        "overload_factor_before": imbalance_of(load_before.tolist()),
         "overload_factor_after": plan.imbalance_after,
-        "max_tokens_before": plan.load_per_rank_before.max(),
+        "max_tokens_before": load_before.max(),
         "max_tokens_after": plan.load_per_rank_after.max(),
         "lent_experts": lent,
         "lent_mib": lent * expert_bytes / 2**20,
         "foreign_mib": foreign_bytes / 2**20,
-        "fallback_rate": plan.is_fallback,
+        "fallback_rate": np.array_equal(plan.load_per_rank_after, load_before),
         "plan_ms": plan_seconds * 1e3,
     }
     tracker.record_layer(layer_number - 1 + is_mtp_layer * config.num_layers, values)

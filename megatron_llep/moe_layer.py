@@ -68,12 +68,15 @@ class LLEPMoELayer(MoELayer):
         self.llep = llep
         self.lendable = LendableExperts(self.experts)
         self.shared_lending = shared
-        self.lending_group = shared.group_like(pg_collection.ep)
+        groups = pg_collection
+        if llep.replicas == "expert-dp":
+            groups = shared.join_replicas(pg_collection)
+        self.lending_group = shared.group_like(groups.ep)
         self.token_dispatcher = LLEPTokenDispatcher(
             self.num_local_experts,
             self.local_expert_indices,
             self.config,
-            pg_collection,
+            groups,
             llep=llep,
         )
         if self.use_shared_expert and self.shared_expert_overlap:
@@ -162,6 +165,7 @@ class LLEPMoELayer(MoELayer):
         if self.training and torch.is_grad_enabled():
             record_plan(
                 decision.plan,
+                decision.load_before,
                 layer_number=self.layer_number,
                 is_mtp_layer=self.is_mtp_layer,
                 config=self.config,

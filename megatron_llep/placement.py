@@ -1,7 +1,8 @@
 """Placement: a source's tokens -> the physical slots that the plan gives them.
 
-Letters: T tokens of this rank, E experts, P ranks, M native slots a rank, S foreign slots a rank,
-N (token, expert) pairs of this rank, C chunks.
+Letters: T tokens of this rank, E experts, D replicas of an expert (1, unless tokens are spread over
+replicas), P ranks, M native slots a rank, S foreign slots a rank, N (token, expert) pairs of this
+rank, C chunks.
 
 A pair's *physical slot* is `rank * (M + S) + slot`. For each expert the plan tells how many of
 this rank's pairs go to each holder; pairs of one expert are given out in token order. Pairs of one
@@ -25,17 +26,26 @@ class Placement:
     """int64 [N]: position of the pair in the flattened routing map [T, E]."""
 
 
-def order_chunks(sends: np.ndarray, slot_of_expert: np.ndarray, slots_per_rank: int) -> np.ndarray:
+def order_chunks(
+    sends: np.ndarray, slot_of_expert: np.ndarray, slots_per_rank: int, num_replicas: int = 1
+) -> np.ndarray:
     """Order the chunks of pairs by physical slot.
 
     Args:
-        sends: int [E, P], pairs of this source for each expert and holder.
-        slot_of_expert: int [P, E], the slot that holds the expert on that rank, -1 if none does.
+        sends: int [D * E, P], pairs of this source for each replica of each expert and holder,
+            replica-major.
+        slot_of_expert: int [P, D * E], the slot that holds the replica on that rank, -1 if none
+            does.
         slots_per_rank: M + S.
+        num_replicas: D.
 
     Returns:
         int64 [2, C]: first pair (in expert-major order) and length of each non-empty chunk.
     """
+    if num_replicas > 1:
+        # Expert-major, as the pairs are.
+        rows = np.arange(len(sends)).reshape(num_replicas, -1).T.ravel()
+        sends, slot_of_expert = sends[rows], slot_of_expert[:, rows]
     expert, rank = np.nonzero(sends)
     length = sends[expert, rank]
     first = np.cumsum(length) - length

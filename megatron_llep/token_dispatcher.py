@@ -1,6 +1,7 @@
 """Token dispatch over physical slots: Megatron's all-to-all dispatcher, with a plan.
 
-Letters: T tokens of this rank, H hidden size, E experts, P ranks, M native and S foreign slots a
+Letters: T tokens of this rank, H hidden size, E experts, D replicas of each (1, unless tokens are
+spread over replicas), P ranks that share the tokens, M = D * E / P native and S foreign slots a
 rank, R = P * tp sources (expert-parallel major; tp is the expert-tensor-parallel size), N pairs.
 
 The plan changes only which slot a (token, expert) pair goes to. With E experts replaced by
@@ -20,8 +21,17 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.layer_cost import get_layer_cost
 from megatron_llep.placement import order_chunks, place_tokens
-from megatron_llep.planner import Plan, make_plan, receives, sends, slot_of_expert
+from megatron_llep.planner import (
+    Plan,
+    Topology,
+    load_per_rank,
+    plan_over_replicas,
+    receives,
+    sends,
+    slot_of_expert,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +41,11 @@ class Decision:
     routing_map: torch.Tensor
     """bool [T, E], the routing that was counted."""
     counts: np.ndarray
-    """int64 [R, E], tokens from each source to each expert."""
+    """int64 [R, D * E], tokens from each source to each replica of each expert."""
+    load_before: np.ndarray
+    """int64 [P], tokens on each rank under plain expert parallelism."""
     plan: Plan
+    """For D * E experts, M of them native to each rank."""
     trains: bool
     """Whether some rank needs gradients of its experts' weights."""
     plan_seconds: float
@@ -53,6 +66,17 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         self.llep = llep
         self.num_native = num_local_experts
+        if self.ep_size % (llep.ranks_per_node or 1):
+            raise ValueError(
+                f"--moe-llep-ranks-per-node {llep.ranks_per_node}: must divide the {self.ep_size} "
+                "ranks that share tokens"
+            )
+        self.topology = Topology(
+            ranks_per_node=llep.ranks_per_node, lend_across_nodes=llep.lend_to == "any_node"
+        )
+        # pg_collection.ep may be several expert-parallel groups joined, each with all E experts.
+        self.num_replicas = self.ep_size * num_local_experts // self.num_experts
+        self.cost = get_layer_cost(config, llep)
         self.decision: Decision | None = None
 
     @property
@@ -72,20 +96,26 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         rows = row.new_empty(self.ep_size * self.tp_size * row.numel())
         dist.all_gather_into_tensor(rows, row, group=self.tp_ep_group)
         table = rows.view(-1, row.numel()).cpu().numpy()
-        counts = np.ascontiguousarray(table[:, :-1])
+        routed = np.ascontiguousarray(table[:, :-1])
 
         start = time.perf_counter()
-        plan = make_plan(
-            counts.reshape(self.ep_size, self.tp_size, -1).sum(axis=1),
+        plan, counts = plan_over_replicas(
+            routed,
+            num_replicas=self.num_replicas,
+            num_ranks=self.ep_size,
             planner=self.llep.planner,
             max_foreign=self.llep.max_foreign_experts,
             capacity_factor=self.llep.capacity_factor,
             min_tokens_per_gemm=self.llep.min_tokens_per_gemm,
             imbalance_threshold=self.llep.imbalance_threshold,
+            tolerance=self.llep.tolerance,
+            topology=self.topology,
+            cost=self.cost,
         )
         self.decision = Decision(
             routing_map=routing_map,
             counts=counts,
+            load_before=load_per_rank(routed, self.num_replicas, self.ep_size),
             plan=plan,
             trains=bool(table[:, -1].any()),
             plan_seconds=time.perf_counter() - start,
@@ -116,11 +146,19 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.hidden_shape_before_permute = hidden_states.shape
 
         self._set_slots(decision.plan.max_foreign)
-        to_ranks = sends(decision.plan, decision.counts, self.source, self.llep.token_assignment)
+        to_ranks = sends(
+            decision.plan,
+            decision.counts,
+            self.source,
+            self.llep.token_assignment,
+            self.topology,
+        )
         self._set_splits(decision, to_ranks)
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states.view(self.hidden_shape))
-        chunks = order_chunks(to_ranks, slot_of_expert(decision.plan), self.num_local_experts)
+        chunks = order_chunks(
+            to_ranks, slot_of_expert(decision.plan), self.num_local_experts, self.num_replicas
+        )
         placement = place_tokens(routing_map, chunks)
         self.reversed_local_input_permutation_mapping = placement.token_index
         return (
@@ -139,7 +177,11 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def _set_splits(self, decision: Decision, to_ranks: np.ndarray) -> None:
         """Set the sizes of the parent's exchange and sort, all on the host."""
         from_sources = receives(
-            decision.plan, decision.counts, self.ep_rank, self.llep.token_assignment
+            decision.plan,
+            decision.counts,
+            self.ep_rank,
+            self.llep.token_assignment,
+            self.topology,
         )
         # [R, M+S] -> [tp, P, M+S]
         per_slot = from_sources.reshape(self.ep_size, self.tp_size, -1).transpose(1, 0, 2)

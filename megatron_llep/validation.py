@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig, flag_of
+from megatron_llep.cost_presets import get_cost_model
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -185,7 +186,8 @@ def check_same_on_all_ranks(llep: LLEPConfig, group: dist.ProcessGroup | None = 
     Raises:
         ValueError: names the flags that differ, with each rank's value; on every rank.
     """
-    digest = hashlib.sha256(repr(llep).encode()).digest()[:8]
+    settings = _describe(llep)
+    digest = hashlib.sha256(repr(settings).encode()).digest()[:8]
     mine = torch.tensor([int.from_bytes(digest, "big", signed=True)])
     if torch.cuda.is_available():
         mine = mine.cuda()
@@ -194,11 +196,23 @@ def check_same_on_all_ranks(llep: LLEPConfig, group: dist.ProcessGroup | None = 
     if (digests == mine).all():
         return
     everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, dataclasses.asdict(llep), group=group)
+    dist.all_gather_object(everyone, settings, group=group)
     differing = {
-        name: [settings[name] for settings in everyone]
+        name: [each[name] for each in everyone]
         for name in everyone[0]
-        if len({settings[name] for settings in everyone}) > 1
+        if len({each[name] for each in everyone}) > 1
     }
     lines = "; ".join(f"{flag_of(name)}: {values}" for name, values in differing.items())
     raise ValueError(f"LLEP settings differ between ranks, give all the same: {lines}")
+
+
+def _describe(llep: LLEPConfig) -> dict[str, object]:
+    """All settings by field; a cost model with a hash of its numbers, or why it cannot be read."""
+    settings = dataclasses.asdict(llep)
+    if llep.cost_model is not None:
+        try:
+            found = get_cost_model(llep.cost_model).digest()
+        except ValueError as error:  # told by all ranks together, not by one while others wait
+            found = str(error)
+        settings["cost_model"] = f"{llep.cost_model} ({found})"
+    return settings

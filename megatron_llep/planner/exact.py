@@ -3,23 +3,32 @@
 Shape letters: P ranks, E experts, M = E / P experts native to a rank.
 """
 
-from heapq import heapify, heappop, heappush, heapreplace
+from bisect import insort
 
 import numpy as np
 
+from megatron_llep.planner.plan import Loan
+from megatron_llep.planner.topology import ONE_NODE, Topology
 
-def exact_quota(loads: np.ndarray, num_ranks: int, max_foreign: int) -> np.ndarray:
-    """Quotas with which every rank computes total // P tokens, or one more.
 
-    1. `cap[r]` is total // P, and one more on the first total % P ranks. While a rank is above
-       its cap, the rank furthest above lends to the rank furthest below and fills it completely.
-       The lender may fall below its own cap; it then borrows later, once.
+def exact_loans(
+    loads: np.ndarray, rank_loads: list[int], max_foreign: int, topology: Topology = ONE_NODE
+) -> list[Loan]:
+    """Loans with which every rank computes total // P tokens, or one more.
+
+    1. Each rank's cap is its even share (`even_shares`). While a rank is above its cap, the rank
+       furthest above lends to the rank furthest below and fills it completely. The lender may
+       fall below its own cap; it then borrows later, once.
     2. Each lender serves its borrowers in the order of step 1, which is the largest need first,
        always from its expert with the most tokens left.
 
-    Lowest ids win ties. A borrower has one lender, so at most M foreign experts; each transfer
+    Lowest ids win ties. A borrower has one lender, so at most M foreign experts; each loan
     uses up an expert or fills a borrower, so there are at most E + P - 1. After the planner
     published with MoonEP (MoonshotAI/MoonEP).
+
+    With several nodes, step 1 goes through the nodes first, each among its own ranks, and then
+    through what is left of all; where lending across nodes is ruled out, each node balances
+    itself.
 
     With `max_foreign` < M a borrower that holds that many experts gets no further one: the
     tokens it should have taken stay at their home, and if that home was to borrow, it borrows
@@ -28,88 +37,82 @@ def exact_quota(loads: np.ndarray, num_ranks: int, max_foreign: int) -> np.ndarr
 
     Args:
         loads: int64 [E] tokens per expert.
-        num_ranks: P, divides E.
+        rank_loads: [P] tokens per rank under plain expert parallelism.
         max_foreign: most foreign experts per rank, 0 .. M.
-
-    Returns:
-        int64 [E, P] tokens of each expert that each rank computes.
+        topology: `ranks_per_node` divides P.
     """
-    P = num_ranks
-    M = len(loads) // P
-    left = loads.tolist()
-    rank_loads = loads.reshape(P, M).sum(axis=1).tolist()
-    experts: list[int] = []
-    borrowers: list[int] = []
-    tokens: list[int] = []
-    needs: list[list[tuple[int, int]]] = [[] for _ in range(P)]
-    unlent = [0] * P  # tokens that a rank was to lend and keeps for want of slots
+    M = len(loads) // len(rank_loads)
+    loans: list[Loan] = []
+    needs: dict[int, list[tuple[int, int]]] = {}
+    unlent = [0] * len(rank_loads)  # tokens that a rank was to lend and keeps for want of slots
 
     def serve_borrowers(lender: int) -> None:
-        native = [(-left[e], e) for e in range(lender * M, (lender + 1) * M) if left[e]]
-        heapify(native)
-        for borrower, need in needs[lender]:
+        first = lender * M
+        left = loads[first : first + M].tolist()
+        for borrower, need in needs.pop(lender):
             slots = max_foreign
             while need and slots:
-                most, expert = -native[0][0], native[0][1]
+                most = max(left)
+                expert = left.index(most)
                 moved = min(need, most)
-                if moved == most:
-                    heappop(native)
-                else:
-                    heapreplace(native, (moved - most, expert))
                 left[expert] = most - moved
-                experts.append(expert)
-                borrowers.append(borrower)
-                tokens.append(moved)
+                loans.append((first + expert, borrower, moved))
                 need -= moved
                 slots -= 1
             unlent[lender] += need
-        needs[lender].clear()
 
     # All that a rank lends precedes what it borrows: when it borrows, its lending can be settled.
-    for lender, borrower, need in _match_ranks(rank_loads):
-        if needs[borrower]:
+    for lender, borrower, need in match_ranks(rank_loads, topology):
+        if borrower in needs:
             serve_borrowers(borrower)
         kept = min(need, unlent[borrower])
         unlent[lender] += kept
         if need > kept:
-            needs[lender].append((borrower, need - kept))
-    for lender in range(P):
-        if needs[lender]:
-            serve_borrowers(lender)
-
-    quota = np.zeros((P * M, P), dtype=np.int64)
-    native_expert = np.arange(P * M)
-    quota[native_expert, native_expert // M] = left
-    quota[experts, borrowers] = tokens
-    return quota
+            needs.setdefault(lender, []).append((borrower, need - kept))
+    for lender in list(needs):
+        serve_borrowers(lender)
+    return loans
 
 
-def _match_ranks(rank_loads: list[int]) -> list[tuple[int, int, int]]:
-    """Pair ranks above their cap with ranks below it.
+def even_shares(rank_loads: list[int], topology: Topology) -> list[int]:
+    """[P] tokens each rank has when those that may lend to each other share evenly.
+
+    What does not divide goes to the first ranks, one token each.
+    """
+    P = len(rank_loads)
+    size = P if topology.lend_across_nodes else topology.node_size(P)
+    shares = []
+    for first in range(0, P, size):
+        share, extra = divmod(sum(rank_loads[first : first + size]), size)
+        shares += [share + 1] * extra + [share] * (size - extra)
+    return shares
+
+
+def match_ranks(rank_loads: list[int], topology: Topology) -> list[tuple[int, int, int]]:
+    """Pair ranks above their even share with ranks below it.
 
     Returns (lender, borrower, tokens) in the order they were matched; a rank is the borrower of
     at most one.
     """
     P = len(rank_loads)
-    share, extra = divmod(sum(rank_loads), P)
-    above: list[tuple[int, int]] = []
-    below: list[tuple[int, int]] = []
-    for rank, load in enumerate(rank_loads):
-        surplus = load - share - (rank < extra)
-        if surplus > 0:
-            above.append((-surplus, rank))
-        elif surplus < 0:
-            below.append((surplus, rank))
-    heapify(above)
-    heapify(below)
+    size = topology.node_size(P)
+    groups = [range(first, first + size) for first in range(0, P, size)]
+    if topology.lend_across_nodes and size < P:
+        groups.append(range(P))
+    shares = even_shares(rank_loads, topology)
+    surplus = [load - share for load, share in zip(rank_loads, shares, strict=True)]
     matches = []
-    while above:
-        negative_surplus, lender = heappop(above)
-        negative_need, borrower = heappop(below)
-        matches.append((lender, borrower, -negative_need))
-        surplus = negative_need - negative_surplus
-        if surplus > 0:
-            heappush(above, (-surplus, lender))
-        elif surplus < 0:
-            heappush(below, (surplus, lender))
+    for group in groups:
+        above = sorted([(surplus[rank], -rank) for rank in group if surplus[rank] > 0])
+        below = sorted([(-surplus[rank], -rank) for rank in group if surplus[rank] < 0])
+        while above and below:
+            excess, minus_lender = above.pop()
+            need, minus_borrower = below.pop()
+            matches.append((-minus_lender, -minus_borrower, need))
+            rest = excess - need
+            surplus[-minus_lender], surplus[-minus_borrower] = rest, 0
+            if rest > 0:
+                insort(above, (rest, minus_lender))
+            elif rest < 0:
+                insort(below, (-rest, minus_lender))
     return matches

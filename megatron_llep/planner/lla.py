@@ -4,19 +4,24 @@ Shape letters: P ranks, E experts, M = E / P experts native to a rank.
 """
 
 import math
+from heapq import heappop, heapreplace
 
 import numpy as np
 
+from megatron_llep.planner.plan import Loan
+from megatron_llep.planner.topology import ONE_NODE, Topology
 
-def lla_quota(
+
+def lla_loans(
     loads: np.ndarray,
-    num_ranks: int,
+    rank_loads: list[int],
     max_foreign: int,
+    topology: Topology = ONE_NODE,
     *,
     capacity_factor: float,
     min_tokens_per_gemm: int,
-) -> np.ndarray:
-    """Quotas of Algorithm 2 (LLA), which spills with Algorithm 3 (LLAS).
+) -> list[Loan]:
+    """Loans of Algorithm 2 (LLA), which spills with Algorithm 3 (LLAS).
 
     The paper keeps two loads per rank: assigned (g_a) and pending (g_p, native experts not yet
     visited). Here `load` is their sum, the *effective load*. No rank should exceed the capacity
@@ -43,54 +48,66 @@ def lla_quota(
     - Slot bound: a rank that holds `max_foreign` foreign experts is no candidate for a further
       one. If no candidate is left, or none with room, the rest of the expert's tokens stay at
       home. (Without the bound some candidate always has room.)
+    - Nodes: a round goes through the ranks of the home's node before the others, and through
+      these alone where lending across nodes is ruled out.
 
     Args:
         loads: int64 [E] tokens per expert.
-        num_ranks: P, divides E.
+        rank_loads: [P] tokens per rank under plain expert parallelism.
         max_foreign: most foreign experts per rank, 0 .. M.
+        topology: `ranks_per_node` divides P.
         capacity_factor: alpha, at least 1.
         min_tokens_per_gemm: m, the fewest tokens worth a GEMM of their own.
-
-    Returns:
-        int64 [E, P] tokens of each expert that each rank computes.
     """
-    P = num_ranks
+    P = len(rank_loads)
     M = len(loads) // P
-    load = loads.reshape(P, M).sum(axis=1).tolist()
     # Rounded first, so that 1.1 * 10 is 11 and not a token more.
-    capacity = math.ceil(round(capacity_factor * sum(load) / P, 6))
-    free_slots = [max_foreign] * P
-    candidates = list(range(P)) if max_foreign else []
-    left = loads.tolist()
-    experts: list[int] = []
-    borrowers: list[int] = []
-    tokens: list[int] = []
+    capacity = math.ceil(round(capacity_factor * sum(rank_loads) / P, 6))
+    overloaded = sum(tokens > capacity for tokens in rank_loads)
+    if not (overloaded and max_foreign):
+        return []
+    load = rank_loads.copy()
+    slots = [max_foreign] * P
+    size = topology.node_size(P)
+    # By node, a heap of the (load, rank) with a slot. That of a rank which spilled is out of
+    # date, and too high, but it has no room anyway.
+    nodes = (
+        [sorted(zip(load, range(P), strict=True))]
+        if size == P
+        else [
+            sorted((load[rank], rank) for rank in range(first, first + size))
+            for first in range(0, P, size)
+        ]
+    )
+    loans: list[Loan] = []
 
-    for expert in np.argsort(-loads, kind="stable").tolist():
+    by_load = np.argsort(-loads, kind="stable")
+    for expert, tokens in zip(by_load.tolist(), loads[by_load].tolist(), strict=True):
+        if not overloaded:
+            break
         home = expert // M
-        rest = min(left[expert], load[home] - capacity)
-        while rest > 0 and candidates:
-            borrower = min(candidates, key=load.__getitem__)
-            room = capacity - load[borrower]
+        mates = nodes[home // size]
+        rest = min(tokens, load[home] - capacity)
+        while rest > 0:
+            smallest = min(rest, max(min_tokens_per_gemm, 1))
+            ranks = mates
+            if topology.lend_across_nodes and not (mates and capacity - mates[0][0] >= smallest):
+                ranks = min(filter(None, nodes), default=mates)
             # With tokens to spill the home itself is above the capacity, so it ends here too.
-            if room <= 0:
+            if not ranks or ranks[0][0] >= capacity:
                 break
-            chunk = min(rest, room)
-            if chunk < min_tokens_per_gemm:
-                chunk = rest
-            experts.append(expert)
-            borrowers.append(borrower)
-            tokens.append(chunk)
-            free_slots[borrower] -= 1
-            if not free_slots[borrower]:
-                candidates.remove(borrower)
-            left[expert] -= chunk
-            load[home] -= chunk
+            least, borrower = ranks[0]
+            room = capacity - least
+            chunk = min(rest, room) if room >= smallest else rest
+            loans.append((expert, borrower, chunk))
             load[borrower] += chunk
+            slots[borrower] -= 1
+            if slots[borrower]:
+                heapreplace(ranks, (load[borrower], borrower))
+            else:
+                heappop(ranks)
+            overloaded += chunk > room
             rest -= chunk
-
-    quota = np.zeros((P * M, P), dtype=np.int64)
-    native_expert = np.arange(P * M)
-    quota[native_expert, native_expert // M] = left
-    quota[experts, borrowers] = tokens
-    return quota
+            load[home] -= chunk
+            overloaded -= load[home] == capacity
+    return loans

@@ -4,24 +4,36 @@ Shape letters: P ranks, E experts, M = E / P experts native to a rank.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_llep.planner.exact import exact_quota
-from megatron_llep.planner.lla import lla_quota
-from megatron_llep.planner.plan import Plan, imbalance_of, native_quota, plan_from_quota
+from megatron_llep.planner.auto import choose_plan
+from megatron_llep.planner.exact import exact_loans
+from megatron_llep.planner.lla import lla_loans
+from megatron_llep.planner.plan import Loan, Plan, imbalance_of, plan_from_loans
+from megatron_llep.planner.tolerant import tolerant_loans
+from megatron_llep.planner.topology import ONE_NODE, Topology
 
-PLANNERS = ("exact", "lla")
+if TYPE_CHECKING:
+    from megatron_llep.cost_model import LayerCost
+
+PLANNERS = ("tolerant", "exact", "lla", "lp", "auto")
+LLA_THRESHOLD = 1.3
+"""The paper's lambda."""
 
 
 def make_plan(
     counts: np.ndarray,
     *,
-    planner: str = "exact",
+    planner: str = "tolerant",
     max_foreign: int | None = None,
     capacity_factor: float = 1.0,
     min_tokens_per_gemm: int = 1024,
-    imbalance_threshold: float = 1.3,
+    imbalance_threshold: float | None = None,
+    tolerance: float = 0.05,
+    topology: Topology = ONE_NODE,
+    cost: "LayerCost | None" = None,
 ) -> Plan:
     """Plan one layer of one micro-batch. Every rank gets the same plan from the same counts.
 
@@ -35,8 +47,14 @@ def make_plan(
         planner: one of `PLANNERS`.
         max_foreign: most foreign experts per rank, 0 .. M; None means M.
         capacity_factor: the paper's alpha; `lla` only.
-        min_tokens_per_gemm: the paper's m; `lla` only (`exact` leaves no surplus at home).
-        imbalance_threshold: the paper's lambda; infinity never lends.
+        min_tokens_per_gemm: the paper's m; `lla` only (with the others no surplus stays home
+            that a bound on the largest load forbids).
+        imbalance_threshold: the paper's lambda; infinity never lends. None: `LLA_THRESHOLD` for
+            `lla`; 1 + tolerance for the others, so that it changes nothing of `tolerant`. `auto`
+            predicts instead whether lending pays.
+        tolerance: `tolerant` lets the largest load exceed the mean by this part of it.
+        topology: the nodes of the P ranks; one node by default.
+        cost: the machine and the layer; `auto` only, which needs it.
 
     Raises:
         ValueError: an argument is out of range; the message says which and what is allowed.
@@ -46,6 +64,8 @@ def make_plan(
     P, E = counts.shape
     if max_foreign is None:
         max_foreign = E // P
+    if imbalance_threshold is None:
+        imbalance_threshold = default_threshold(planner, tolerance)
     check_options(
         planner=planner,
         max_foreign=max_foreign,
@@ -53,30 +73,50 @@ def make_plan(
         capacity_factor=capacity_factor,
         min_tokens_per_gemm=min_tokens_per_gemm,
         imbalance_threshold=imbalance_threshold,
+        tolerance=tolerance,
     )
+    topology.node_size(P)
     loads = counts.sum(axis=0, dtype=np.int64)
-    if imbalance_of(loads.reshape(P, -1).sum(axis=1)) >= imbalance_threshold:
-        if planner == "exact":
-            quota = exact_quota(loads, P, max_foreign)
+    rank_loads = loads.reshape(P, -1).sum(axis=1).tolist()
+    if planner == "auto":
+        if cost is None:
+            raise ValueError("planner='auto' predicts times: give it a cost model with cost=")
+        return choose_plan(counts, loads, rank_loads, max_foreign, topology, cost)
+    if imbalance_of(rank_loads) >= imbalance_threshold:
+        loans: list[Loan]
+        if planner == "tolerant":
+            loans = tolerant_loans(loads, rank_loads, max_foreign, topology, tolerance=tolerance)
+        elif planner == "exact":
+            loans = exact_loans(loads, rank_loads, max_foreign, topology)
+        elif planner == "lp":
+            loans = []  # holders are fixed: it spreads tokens over replicas, before this
         else:
-            quota = lla_quota(
+            loans = lla_loans(
                 loads,
-                P,
+                rank_loads,
                 max_foreign,
+                topology,
                 capacity_factor=capacity_factor,
                 min_tokens_per_gemm=min_tokens_per_gemm,
             )
-        plan = plan_from_quota(quota)
-        if plan.imbalance_after < plan.imbalance_before:
+        plan = plan_from_loans(loads, rank_loads, loans)
+        if plan.is_fallback or plan.imbalance_after < plan.imbalance_before:
             return plan
-    return plan_from_quota(native_quota(loads, P))
+    return plan_from_loans(loads, rank_loads, [])
+
+
+def default_threshold(planner: str, tolerance: float) -> float:
+    """The imbalance below which `make_plan` falls back when no threshold is given."""
+    if planner == "auto":
+        return 0.0
+    return LLA_THRESHOLD if planner == "lla" else 1 + tolerance
 
 
 def check_counts(counts: np.ndarray) -> None:
     """Raise ValueError unless counts are non-negative integers [P, E] with P dividing E."""
     if counts.ndim != 2 or 0 in counts.shape:
         raise ValueError(f"counts must be a non-empty [P, E] array, not {list(counts.shape)}")
-    if not np.issubdtype(counts.dtype, np.integer):
+    if counts.dtype.kind not in "iu":
         raise ValueError(f"counts must be integers, not {counts.dtype}: convert them to int64")
     P, E = counts.shape
     if E % P:
@@ -93,6 +133,7 @@ def check_options(
     capacity_factor: float,
     min_tokens_per_gemm: int,
     imbalance_threshold: float,
+    tolerance: float,
 ) -> None:
     """Raise ValueError for an option of `make_plan` that is out of range."""
     if planner not in PLANNERS:
@@ -112,3 +153,5 @@ def check_options(
         raise ValueError(
             f"imbalance_threshold={imbalance_threshold} must be at least 0; 0 always plans"
         )
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance={tolerance} must be finite and at least 0")

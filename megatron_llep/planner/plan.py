@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Loan = tuple[int, int, int]
+"""(expert, borrower, tokens): a rank that computes so many tokens of an expert not native to it."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """Which rank computes how many tokens of which expert. Arrays are int64 and read-only.
 
     Expert e is native to rank e // M; any other rank that computes some of its tokens holds it
-    in a foreign slot for this micro-batch. Build a plan with `plan_from_quota`.
+    in a foreign slot for this micro-batch. Build a plan with `plan_from_loans` or
+    `plan_from_quota`.
     """
 
     quota: np.ndarray
@@ -96,6 +100,29 @@ class Plan:
                 )
 
 
+def plan_from_loans(loads: np.ndarray, rank_loads: list[int], loans: list[Loan]) -> Plan:
+    """Build the plan in which these tokens leave their home, and no others.
+
+    Args:
+        loads: int64 [E] tokens per expert.
+        rank_loads: [P] tokens per rank under plain expert parallelism.
+        loans: at most one for a pair of expert and borrower, none of zero tokens.
+    """
+    P = len(rank_loads)
+    M = len(loads) // P
+    quota = native_quota(loads, P)
+    cells = memoryview(quota)  # for single elements faster than the array
+    held: list[list[int]] = [[] for _ in range(P)]
+    transfers = []
+    for expert, borrower, tokens in sorted(loans):
+        home = expert // M
+        cells[expert, home] -= tokens
+        cells[expert, borrower] = tokens
+        held[borrower].append(expert)
+        transfers.append((home, borrower, expert))
+    return _freeze(quota, held, transfers, rank_loads, loads_after(rank_loads, loans, M))
+
+
 def plan_from_quota(quota: np.ndarray) -> Plan:
     """Derive slots, transfers and imbalances from the quotas alone.
 
@@ -104,26 +131,15 @@ def plan_from_quota(quota: np.ndarray) -> Plan:
     """
     E, P = quota.shape
     M = E // P
-    flat = np.flatnonzero((quota != 0).ravel())
-    expert, rank = flat // P, flat % P
+    expert, rank = np.nonzero(quota)
     lent = rank != expert // M
-    expert, rank = expert[lent], rank[lent]
-    # flatnonzero sorts by expert, so stable sorts keep experts ascending within their group.
-    by_rank = np.argsort(rank, kind="stable")
-    foreign_experts = _fill_slots(expert[by_rank], rank[by_rank], P)
-    home = expert // M
-    by_pair = np.argsort(home * P + rank, kind="stable")
-    transfers = np.stack([expert[by_pair], home[by_pair], rank[by_pair]], axis=1)
-    for array in (quota, foreign_experts, transfers):
-        array.setflags(write=False)
-    return Plan(
-        quota=quota,
-        foreign_experts=foreign_experts,
-        transfers=transfers,
-        is_fallback=len(transfers) == 0,
-        imbalance_before=imbalance_of(quota.sum(axis=1).reshape(P, M).sum(axis=1)),
-        imbalance_after=imbalance_of(quota.sum(axis=0)),
-    )
+    held: list[list[int]] = [[] for _ in range(P)]
+    transfers = []
+    for e, g in zip(expert[lent].tolist(), rank[lent].tolist(), strict=True):
+        held[g].append(e)
+        transfers.append((e // M, g, e))
+    before = quota.sum(axis=1).reshape(P, M).sum(axis=1).tolist()
+    return _freeze(quota, held, transfers, before, quota.sum(axis=0).tolist())
 
 
 def native_quota(loads: np.ndarray, num_ranks: int) -> np.ndarray:
@@ -134,10 +150,19 @@ def native_quota(loads: np.ndarray, num_ranks: int) -> np.ndarray:
     return quota
 
 
-def imbalance_of(rank_loads: np.ndarray) -> float:
+def loads_after(rank_loads: list[int], loans: list[Loan], experts_per_rank: int) -> list[int]:
+    """[P] tokens per rank with these loans, from those under plain expert parallelism."""
+    after = rank_loads.copy()
+    for expert, borrower, tokens in loans:
+        after[expert // experts_per_rank] -= tokens
+        after[borrower] += tokens
+    return after
+
+
+def imbalance_of(rank_loads: list[int]) -> float:
     """Largest / mean of the loads [P]; 1.0 when all are zero."""
-    total = int(rank_loads.sum())
-    return int(rank_loads.max()) * len(rank_loads) / total if total else 1.0
+    total = sum(rank_loads)
+    return max(rank_loads) * len(rank_loads) / total if total else 1.0
 
 
 def slot_of_expert(plan: Plan) -> np.ndarray:
@@ -151,13 +176,39 @@ def slot_of_expert(plan: Plan) -> np.ndarray:
     return slot
 
 
-def _fill_slots(expert: np.ndarray, rank: np.ndarray, P: int) -> np.ndarray:
-    """[P, S] from parallel lists of lent experts and their ranks, sorted by rank."""
-    held = np.bincount(rank, minlength=P)
-    slots = np.full((P, int(held.max())), -1, dtype=np.int64)
-    first = np.cumsum(held) - held
-    slots[rank, np.arange(len(rank)) - first[rank]] = expert
-    return slots
+def _freeze(
+    quota: np.ndarray,
+    held: list[list[int]],
+    transfers: list[tuple[int, int, int]],
+    before: list[int],
+    after: list[int],
+) -> Plan:
+    """Put the parts of a plan in order.
+
+    Takes the foreign experts of each rank, ascending, the transfers as (home, borrower, expert),
+    and the loads of the ranks [P] before and after.
+    """
+    S = max(map(len, held))
+    no_expert = [-1] * S
+    slots: list[int] = []
+    for experts in held:
+        slots += experts
+        slots += no_expert[len(experts) :]
+    foreign_experts = np.array(slots, np.int64).reshape(len(held), S)
+    rows: list[int] = []
+    for home, borrower, expert in sorted(transfers):
+        rows += expert, home, borrower
+    ordered = np.array(rows, np.int64).reshape(-1, 3)
+    for array in (quota, foreign_experts, ordered):
+        array.setflags(write=False)
+    return Plan(
+        quota=quota,
+        foreign_experts=foreign_experts,
+        transfers=ordered,
+        is_fallback=not transfers,
+        imbalance_before=imbalance_of(before),
+        imbalance_after=imbalance_of(after),
+    )
 
 
 def _first(mask: np.ndarray) -> tuple[int, ...]:

@@ -10,11 +10,14 @@ from megatron_llep.validation import REFUSALS
 
 DOC = Path(__file__).parents[2] / "docs" / "parallelism.md"
 
-# What check_config, check_layer and check_same_on_all_ranks refuse beside REFUSALS.
+# What LLEPConfig, SharedLending, check_config, check_layer and check_same_on_all_ranks refuse
+# beside REFUSALS.
 OTHER_FLAGS = {
     "--num-experts",
     "--expert-model-parallel-size",
     "--moe-llep-max-foreign-experts",
+    "--moe-llep-planner",
+    "--moe-llep-replicas",
     "--moe-llep-*",
     "--moe-grouped-gemm",
 }

@@ -1,8 +1,15 @@
 """Routing counts that the planner tests share."""
 
+from functools import partial
+
 import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+from megatron_llep.planner.exact import exact_loans
+from megatron_llep.planner.lla import lla_loans
+from megatron_llep.planner.plan import plan_from_loans
+from megatron_llep.planner.tolerant import tolerant_loans
 
 # The same examples on every run, and no deadline on a shared machine.
 REPRODUCIBLE = settings(
@@ -12,6 +19,9 @@ REPRODUCIBLE = settings(
     max_examples=300,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+# Those that need no cost model; `auto` chooses among their plans.
+SIMPLE_PLANNERS = ("tolerant", "exact", "lla", "lp")
 
 KINDS = (
     "uniform",
@@ -56,3 +66,14 @@ def routings(draw, max_ranks: int = 64, max_experts: int = 512) -> tuple[np.ndar
     M = draw(st.integers(1, min(24, max_experts // P)))
     counts = make_counts(draw(st.sampled_from(KINDS)), P, M, draw(st.integers(0, 10_000)))
     return counts, draw(st.sampled_from([M, M, 0, 1, M // 2]))
+
+
+def _quota(make_loans, loads, num_ranks: int, *args, **options) -> np.ndarray:
+    """[E, P] quotas of a planner alone, without thresholds or fall-back."""
+    rank_loads = loads.reshape(num_ranks, -1).sum(axis=1).tolist()
+    return plan_from_loans(loads, rank_loads, make_loans(loads, rank_loads, *args, **options)).quota
+
+
+exact_quota = partial(_quota, exact_loans)
+lla_quota = partial(_quota, lla_loans)
+tolerant_quota = partial(_quota, tolerant_loans)

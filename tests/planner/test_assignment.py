@@ -8,36 +8,39 @@ from planner_routings import KINDS, REPRODUCIBLE, make_counts
 
 from megatron_llep.planner import ORDERS, make_plan, plan_from_quota, receives, sends
 from megatron_llep.planner.plan import native_quota
+from megatron_llep.planner.topology import ONE_NODE, Topology
 
 
 @st.composite
 def assignments(draw):
-    """A plan, the counts [R, E] it was made for, and tp."""
+    """A plan, the counts [R, E] it was made for, tp, and the nodes."""
     P = draw(st.sampled_from([1, 2, 3, 5, 8, 16]))
     M = draw(st.integers(1, 6))
     tp = draw(st.sampled_from([1, 1, 2, 4]))
     counts = make_counts(draw(st.sampled_from(KINDS)), P, M, draw(st.integers(0, 10_000)), tp)
+    sizes = [None, *(size for size in range(1, P + 1) if P % size == 0)]
+    topology = Topology(ranks_per_node=draw(st.sampled_from(sizes)))
     plan = make_plan(
         counts.reshape(P, tp, -1).sum(axis=1),
-        planner=draw(st.sampled_from(["exact", "lla"])),
+        planner=draw(st.sampled_from(["tolerant", "exact", "lla"])),
         max_foreign=draw(st.sampled_from([M, M // 2])),
         min_tokens_per_gemm=1,
         imbalance_threshold=0.0,
     )
-    return plan, counts, tp
+    return plan, counts, tp, topology
 
 
-def all_sends(plan, counts, order):
+def all_sends(plan, counts, order, topology=ONE_NODE):
     """[R, E, P]."""
-    return np.stack([sends(plan, counts, source, order) for source in range(len(counts))])
+    return np.stack([sends(plan, counts, source, order, topology) for source in range(len(counts))])
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @settings(REPRODUCIBLE, max_examples=200)
 @given(case=assignments())
 def test_senders_and_receivers_agree(order, case):
-    plan, counts, _ = case
-    sent = all_sends(plan, counts, order)
+    plan, counts, _, topology = case
+    sent = all_sends(plan, counts, order, topology)
     assert sent.dtype == np.int64
     assert (sent >= 0).all()
     np.testing.assert_array_equal(sent.sum(axis=2), counts)
@@ -45,30 +48,55 @@ def test_senders_and_receivers_agree(order, case):
     M = plan.experts_per_rank
     for rank in range(plan.num_ranks):
         slots = list(range(rank * M, (rank + 1) * M)) + plan.foreign_experts[rank].tolist()
-        got = receives(plan, counts, rank, order)
+        got = receives(plan, counts, rank, order, topology)
         assert got.shape == (len(counts), M + plan.max_foreign)
         for slot, expert in enumerate(slots):
             expected = sent[:, expert, rank] if expert >= 0 else 0
             np.testing.assert_array_equal(got[:, slot], np.broadcast_to(expected, len(counts)))
 
 
-def crossing(sent, tp):
-    """[E] tokens that leave their rank."""
+def crossing(sent, tp, group_size):
+    """[E] tokens that leave their group of consecutive ranks."""
     P = sent.shape[2]
-    stay = np.arange(len(sent))[:, None] // tp == np.arange(P)
+    source_group = np.arange(len(sent)) // tp // group_size
+    stay = source_group[:, None] == np.arange(P) // group_size
     return (sent * ~stay[:, None, :]).sum(axis=(0, 2))
 
 
 @settings(REPRODUCIBLE, max_examples=200)
 @given(case=assignments())
 def test_local_first_keeps_all_that_may_stay(case):
-    plan, counts, tp = case
+    plan, counts, tp, topology = case
     P = plan.num_ranks
-    local = crossing(all_sends(plan, counts, "local_first"), tp)
-    by_rank = counts.reshape(P, tp, -1).sum(axis=1)
-    could_stay = np.minimum(by_rank, plan.quota.T).sum(axis=0)
-    np.testing.assert_array_equal(local, counts.sum(axis=0) - could_stay)
-    assert (local <= crossing(all_sends(plan, counts, "rank_order"), tp)).all()
+    local = all_sends(plan, counts, "local_first", topology)
+    ordered = all_sends(plan, counts, "rank_order", topology)
+    for size in (1, topology.node_size(P)):
+        by_group = counts.reshape(P // size, size * tp, -1).sum(axis=1)
+        quota = plan.quota.T.reshape(P // size, size, -1).sum(axis=1)
+        could_stay = np.minimum(by_group, quota).sum(axis=0)
+        left = crossing(local, tp, size)
+        np.testing.assert_array_equal(left, counts.sum(axis=0) - could_stay)
+        assert (left <= crossing(ordered, tp, size)).all()
+
+
+def test_the_node_comes_before_the_others_by_hand():
+    # Six ranks on three nodes, expert 0: ranks 3 and 5 have 3 tokens each, and one for themselves;
+    # rank 0 and rank 2 compute 2 each.
+    quota = np.zeros((6, 6), dtype=np.int64)
+    quota[0] = [2, 0, 2, 1, 0, 1]
+    counts = np.zeros((6, 6), dtype=np.int64)
+    counts[[3, 5], 0] = 3
+    plan = plan_from_quota(quota)
+    nodes = Topology(ranks_per_node=2)
+    # Rank 3 sends its two to rank 2, of its node; rank 5's two cross.
+    sent = all_sends(plan, counts, "local_first", nodes)[:, 0]
+    assert sent[3].tolist() == [0, 0, 2, 1, 0, 0]
+    assert sent[5].tolist() == [2, 0, 0, 0, 0, 1]
+    assert receives(plan, counts, 2, topology=nodes)[:, 1].tolist() == [0, 0, 0, 2, 0, 0]
+    # On one node they go in rank order, and all four cross a node.
+    sent = all_sends(plan, counts, "local_first")[:, 0]
+    assert sent[3].tolist() == [2, 0, 0, 1, 0, 0]
+    assert sent[5].tolist() == [0, 0, 2, 0, 0, 1]
 
 
 def test_orders_by_hand():

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner_routings import REPRODUCIBLE, routings
-
-from megatron_llep.planner.lla import lla_quota
+from planner_routings import REPRODUCIBLE, lla_quota, routings
 
 
 def plan_loads(loads, ranks, alpha, m, slots=None):

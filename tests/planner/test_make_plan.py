@@ -6,10 +6,9 @@ from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
-from planner_routings import make_counts
+from planner_routings import lla_quota, make_counts
 
 from megatron_llep.planner import make_plan, plan_from_quota
-from megatron_llep.planner.lla import lla_quota
 
 
 def test_falls_back_below_the_threshold_only():
@@ -111,7 +110,7 @@ def one_more(array):
 
 def test_validate_names_what_is_broken():
     counts = make_counts("one_expert", 4, 2, 0)
-    plan = make_plan(counts, max_foreign=1)
+    plan = make_plan(counts, planner="exact", max_foreign=1)
     plan.validate(counts, 1)
     hot = int(counts.sum(axis=0).argmax())
 

@@ -1,14 +1,20 @@
-"""What every plan promises, for both planners, and the bounds of `exact`."""
+"""What every plan promises, and the bounds of `exact`."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner_routings import KINDS, REPRODUCIBLE, make_counts, routings
+from planner_routings import (
+    KINDS,
+    REPRODUCIBLE,
+    SIMPLE_PLANNERS,
+    exact_quota,
+    lla_quota,
+    make_counts,
+    routings,
+)
 
-from megatron_llep.planner import PLANNERS, make_plan, slot_of_expert
-from megatron_llep.planner.exact import exact_quota
-from megatron_llep.planner.lla import lla_quota
+from megatron_llep.planner import make_plan, slot_of_expert
 
 lla_options = st.fixed_dictionaries(
     {
@@ -18,7 +24,7 @@ lla_options = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("planner", SIMPLE_PLANNERS)
 @REPRODUCIBLE
 @given(routing=routings(), options=lla_options, threshold=st.sampled_from([0.0, 1.0, 1.3, 4.0]))
 def test_every_plan_keeps_the_invariants(planner, routing, options, threshold):
@@ -147,7 +153,7 @@ def test_exact_lender_falls_below_its_cap_and_borrows():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("planner", SIMPLE_PLANNERS)
 def test_the_largest_size(planner, kind):
     counts = make_counts(kind, P=64, M=8, seed=1)
     plan = make_plan(counts, planner=planner, min_tokens_per_gemm=1, imbalance_threshold=0.0)
@@ -156,7 +162,7 @@ def test_the_largest_size(planner, kind):
         assert plan.load_per_rank_after.max() == -(-counts.sum() // 64)
 
 
-@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("planner", SIMPLE_PLANNERS)
 def test_same_counts_same_plan(planner):
     counts = make_counts("lognormal", P=8, M=16, seed=3)
     plans = [

@@ -12,7 +12,7 @@ from support.comparison import get_relative_difference
 from support.training import Chunks, Run, TrainResult, train
 
 # Lends whenever the ranks' loads differ at all.
-EAGER = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
+EAGER = LLEPConfig(planner="exact", imbalance_threshold=1.0, min_tokens_per_gemm=1)
 
 Seam = Literal["model", "spec"]
 

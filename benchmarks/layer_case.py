@@ -1,0 +1,97 @@
+"""One real MoE layer of Megatron's, built the same on every call, and routed as a workload says.
+
+Letters: T tokens of a rank, E experts, K experts per token, h hidden size.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_llep.config import LLEPConfig
+from megatron_llep.integration.convert import convert_model
+
+_LOWERED_BY = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of the layer and its input; K is 1, so that a workload's shares are shares of the pairs."""
+
+    num_ranks: int = 2
+    hidden: int = 512
+    ffn_hidden: int = 1024
+    num_experts: int = 32
+    tokens_per_rank: int = 4096
+
+
+class BenchLayer:
+    """A layer with its input and gradients, ready to run forward and backward."""
+
+    def __init__(self, sizes: Sizes, rank: int, llep: LLEPConfig | None):
+        self.module = _build_layer(sizes, rank)
+        if llep is not None:
+            convert_model([self.module], llep)
+        generator = torch.Generator().manual_seed(2000 + rank)
+        shape = (sizes.tokens_per_rank, 1, sizes.hidden)
+        self._hidden = torch.randn(shape, generator=generator).requires_grad_()
+        self._grad = torch.randn(shape, generator=generator)
+        self._lowered = torch.zeros(sizes.tokens_per_rank, sizes.num_experts)
+        router = self.module.router
+        router.gating = functools.partial(self._gate, router.gating)
+        for parameter in self.module.parameters():
+            # As with Megatron's DDP: gradients have a place, and micro-batches add to it.
+            parameter.grad = torch.zeros_like(parameter)
+
+    def route(self, experts: torch.Tensor) -> None:
+        """Let tokens choose experts [T, K] from now on."""
+        self._lowered.fill_(_LOWERED_BY).scatter_(1, experts, 0.0)
+
+    def run(self) -> torch.Tensor:
+        """Forward and backward; returns the output [T, 1, h]."""
+        output, _ = self.module(self._hidden)
+        output.backward(self._grad)
+        self._hidden.grad = None
+        return output.detach()
+
+    def get_routing_map(self) -> torch.Tensor:
+        """Where tokens go, bool [T, E]."""
+        with torch.no_grad():
+            return self.module.router(self._hidden)[1]
+
+    def _gate(self, gating: Callable, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [T, 1, E]: those of experts that a token must not choose are lowered."""
+        return gating(hidden) - self._lowered[:, None, :]
+
+
+def _build_layer(sizes: Sizes, rank: int) -> MoELayer:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=sizes.hidden,
+        num_attention_heads=8,
+        num_moe_experts=sizes.num_experts,
+        moe_ffn_hidden_size=sizes.ffn_hidden,
+        moe_router_topk=1,
+        moe_router_pre_softmax=True,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=sizes.num_ranks,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        add_bias_linear=False,
+    )
+    build = get_moe_module_spec(use_te=False, num_experts=sizes.num_experts)
+    layer = build(config=config, pg_collection=None)
+    layer.set_layer_number(1)
+    generator = torch.Generator().manual_seed(1000 + rank)
+    for parameter in layer.experts.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02, generator=generator)
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(layer.router.weight.data, std=0.02, generator=generator)
+    return layer

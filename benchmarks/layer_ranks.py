@@ -1,0 +1,189 @@
+"""The processes of the layer benchmark: each is one rank, on a core of its own.
+
+Letters: V variants (plain Megatron and the planners), W workloads.
+"""
+
+import gc
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_llep.config import LLEPConfig
+from megatron_llep.device import use_cpu_if_no_gpu
+from megatron_llep.device.memory import (
+    get_peak_resident_bytes,
+    get_resident_bytes,
+    reset_peak_resident_bytes,
+)
+from megatron_llep.planner import Plan
+from megatron_llep.workloads import route_tokens
+
+# Freed memory is kept for the next tensor, as torch does on GPUs. By default fresh pages would be
+# asked for each large tensor, which costs most where one rank has most tokens: plain EP under skew.
+_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+# Every larger tensor has pages of its own, given back when it is freed: the peak is then that of
+# the tensors, not of the allocator's habits.
+_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all ranks do."""
+
+    sizes: dict[str, int]
+    """Fields of layer_case.Sizes, which cannot be imported before the device is chosen."""
+    variants: dict[str, LLEPConfig | None]
+    """By name; None is plain Megatron."""
+    workloads: tuple[str, ...]
+    rounds: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What one rank found, by (workload, variant)."""
+
+    seconds: dict[tuple[str, str], list[float]]
+    """Of each round."""
+    peak_bytes: dict[tuple[str, str], int]
+    """Most memory that the layer took, with its weights and gradients, above the libraries."""
+    plans: dict[tuple[str, str], Plan]
+    """Of the LLEP variants."""
+
+
+def run_ranks(job: Job) -> list[Found]:
+    """Measure times, then, in new processes, memory; results in rank order.
+
+    Raises:
+        ValueError: fewer cores than ranks.
+    """
+    P, cores = job.sizes["num_ranks"], len(os.sched_getaffinity(0))
+    if cores < P:
+        raise ValueError(f"{P} ranks need a core each, this process may use {cores}")
+    timed = _spawn(job, P, "time", _KEEP_MEMORY)
+    weighed = _spawn(job, P, "memory", _GIVE_BACK)
+    return [
+        Found(seconds=a.seconds, plans=a.plans, peak_bytes=b.peak_bytes)
+        for a, b in zip(timed, weighed, strict=True)
+    ]
+
+
+def _spawn(job: Job, world: int, what: str, allocator: dict[str, str]) -> list[Found]:
+    """Run all ranks; `allocator` are variables that the C library reads when a process starts."""
+    os.environ |= allocator
+    try:
+        return _spawn_and_wait(job, world, what)
+    finally:
+        for name in allocator:
+            del os.environ[name]
+
+
+def _spawn_and_wait(job: Job, world: int, what: str) -> list[Found]:
+    context = torch.multiprocessing.get_context("spawn")
+    queues = [context.SimpleQueue() for _ in range(world)]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = torch.multiprocessing.spawn(
+            _be_a_rank, (job, what, Path(folder) / "store", queues), nprocs=world, join=False
+        )
+        found = []
+        while not processes.join(timeout=0.1, grace_period=1):
+            found += [queue.get() for queue in queues if not queue.empty()]
+    found += [queue.get() for queue in queues if not queue.empty()]
+    return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+
+
+def _be_a_rank(rank: int, job: Job, what: str, store: Path, queues: Sequence[SimpleQueue]) -> None:
+    os.environ |= {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    torch.set_num_threads(1)
+    use_cpu_if_no_gpu()
+    from megatron.core import parallel_state, tensor_parallel
+
+    world = job.sizes["num_ranks"]
+    file_store = dist.FileStore(str(store), world)
+    dist.init_process_group("gloo", store=file_store, rank=rank, world_size=world)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=world, create_gloo_process_groups=False
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    found = _take_times(rank, job) if what == "time" else _weigh(rank, job)
+    queues[rank].put((rank, found))
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _take_times(rank: int, job: Job) -> Found:
+    """Every variant in every round, beginning with another one each time."""
+    from layer_case import BenchLayer, Sizes
+
+    sizes = Sizes(**job.sizes)
+    layers = {name: BenchLayer(sizes, rank, llep) for name, llep in job.variants.items()}
+    names = list(layers)
+    found = Found(seconds={}, peak_bytes={}, plans={})
+    for workload in job.workloads:
+        started = time.perf_counter()
+        experts = _choose(rank, job, workload)
+        for name, layer in layers.items():
+            layer.route(experts)
+            if job.variants[name] is not None:
+                decision = layer.module.token_dispatcher.decide(layer.get_routing_map())
+                found.plans[workload, name] = decision.plan
+            found.seconds[workload, name] = []
+        for turn in range(1 + job.rounds):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                dist.barrier()
+                start = time.perf_counter()
+                layers[name].run()
+                taken = time.perf_counter() - start
+                if turn:  # the first one warms up
+                    found.seconds[workload, name].append(taken)
+        if rank == 0:
+            print(f"{workload}: {time.perf_counter() - started:.0f} s", flush=True)
+    return found
+
+
+def _weigh(rank: int, job: Job) -> Found:
+    """One variant at a time: the process holds its layer and nothing else of the benchmark."""
+    from layer_case import BenchLayer, Sizes
+
+    sizes = Sizes(**job.sizes)
+    BenchLayer(Sizes(**job.sizes | {"hidden": 16, "ffn_hidden": 16}), rank, None).run()
+    found = Found(seconds={}, peak_bytes={}, plans={})
+    for name, llep in job.variants.items():
+        before = get_resident_bytes()
+        layer = BenchLayer(sizes, rank, llep)
+        for workload in job.workloads:
+            layer.route(_choose(rank, job, workload))
+            layer.run()
+            reset_peak_resident_bytes()
+            dist.barrier()
+            layer.run()
+            found.peak_bytes[workload, name] = get_peak_resident_bytes() - before
+        del layer
+        gc.collect()  # its router and itself refer to each other
+    if rank == 0:
+        print("memory: done", flush=True)
+    return found
+
+
+def _choose(rank: int, job: Job, workload: str) -> torch.Tensor:
+    """Experts [T, 1] of this rank's tokens."""
+    experts = route_tokens(
+        workload,
+        num_ranks=job.sizes["num_ranks"],
+        num_experts=job.sizes["num_experts"],
+        tokens_per_rank=job.sizes["tokens_per_rank"],
+        top_k=1,
+        rank=rank,
+        seed=job.seed,
+    )
+    return torch.from_numpy(experts)

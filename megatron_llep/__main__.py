@@ -1,0 +1,8 @@
+"""`python -m megatron_llep`."""
+
+import sys
+
+from megatron_llep.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The machine at hand, in words, for results that depend on it."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def describe_machine() -> str:
+    """Processor, cores, memory, GPUs if any, and the versions of Python and torch, in one line."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    parts = [_find_processor(), f"{len(os.sched_getaffinity(0))} cores", f"{memory:.0f} GiB"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    else:
+        parts.append("no GPU")
+    parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    return ", ".join(parts)
+
+
+def _find_processor() -> str:
+    """The processor's name as Linux gives it, else what Python knows."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,64 @@
+"""Plain expert parallelism or a planner's plan, whichever is predicted to be faster.
+
+Shape letters: P ranks, E experts, M = E / P experts native to a rank.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_llep.planner.exact import exact_loans
+from megatron_llep.planner.plan import Loan, Plan, plan_from_loans
+from megatron_llep.planner.tolerant import tolerant_loans
+from megatron_llep.planner.topology import Topology
+
+if TYPE_CHECKING:
+    from megatron_llep.cost_model import LayerCost
+
+TOLERANCES = (0.25, 0.05)
+"""Of the `tolerant` plans that are tried; from few transfers to many."""
+
+
+def choose_plan(
+    counts: np.ndarray,
+    loads: np.ndarray,
+    rank_loads: list[int],
+    max_foreign: int,
+    topology: Topology,
+    cost: "LayerCost",
+) -> Plan:
+    """Of plain expert parallelism, `tolerant` and `exact`, the one with the least predicted time.
+
+    Among equals the one that was tried first, with fewer transfers. Nothing is tried where even
+    perfect balance would save less than planning and placing cost.
+
+    Args:
+        counts: int64 [P, E] tokens of each rank for each expert.
+        loads: int64 [E], their sums over ranks.
+        rank_loads: [P] tokens per rank under plain expert parallelism.
+        max_foreign: most foreign experts per rank, 0 .. M.
+        topology: of the P ranks.
+        cost: the machine and the layer.
+    """
+    best = plan_from_loans(loads, rank_loads, [])
+    time = cost.predict(best, counts, topology)
+    surplus = 1 - 1 / best.imbalance_before
+    if surplus * (time.compute + time.exchange) <= cost.model.planning_seconds:
+        return best
+    least = time.total
+    tried: list[list[Loan]] = [[]]
+    for tolerance in (*TOLERANCES, None):
+        if tolerance is None:
+            loans = exact_loans(loads, rank_loads, max_foreign, topology)
+        elif best.imbalance_before > 1 + tolerance:
+            loans = tolerant_loans(loads, rank_loads, max_foreign, topology, tolerance=tolerance)
+        else:
+            continue
+        if loans in tried:
+            continue
+        tried.append(loans)
+        plan = plan_from_loans(loads, rank_loads, loans)
+        seconds = cost.predict(plan, counts, topology).total
+        if seconds < least:
+            best, least = plan, seconds
+    return best
