@@ -4,8 +4,6 @@ Letters: N tokens on this rank after dispatch, sorted by slot, H hidden size, M 
 F foreign experts (F <= S foreign slots; the other slots get no token).
 """
 
-from itertools import accumulate
-
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.func import functional_call
@@ -67,15 +65,16 @@ class LendableExperts:
             [N, H], each row weighted by its probability.
         """
         num_native = self.module.num_local_experts
-        bounds = list(accumulate(tokens_per_slot.tolist(), initial=0))
-        assert bounds[num_native + len(foreign)] == len(hidden), "tokens sent to an empty slot"
+        tokens = tokens_per_slot.tolist()
+        # Split once: the gradient of a slice is as large as what it was cut from.
+        sizes = [sum(tokens[:num_native]), *tokens[num_native : num_native + len(foreign)]]
+        assert sum(sizes) == len(hidden), "tokens sent to an empty slot"
+        rows, row_probs = hidden.split(sizes), probs.split(sizes)
         # Natives run even with no token: their gradient hooks must fire on every rank.
-        end = bounds[num_native]
-        native, _ = self.module(hidden[:end], tokens_per_slot[:num_native], probs[:end])
+        native, _ = self.module(rows[0], tokens_per_slot[:num_native], row_probs[0])
         outputs = [native]
-        for slot, weights in enumerate(foreign, start=num_native):
-            rows = slice(bounds[slot], bounds[slot + 1])
-            outputs.append(self._run_foreign(hidden[rows], probs[rows], weights))
+        for slot, weights in enumerate(foreign, start=1):
+            outputs.append(self._run_foreign(rows[slot], row_probs[slot], weights))
         return torch.cat(outputs)
 
     def _run_foreign(

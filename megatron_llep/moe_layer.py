@@ -81,6 +81,7 @@ class LLEPMoELayer(MoELayer):
         )
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
+        self._experts_are_reduced = pg_collection.expt_dp.size() > 1
         # Lives between preprocess and expert compute of one forward.
         self._loan: Loan | None = None
         self._micro_batches = 0
@@ -107,11 +108,12 @@ class LLEPMoELayer(MoELayer):
         """
         decision = self.token_dispatcher.decide(routing_map, trains=self.lendable.trains())
         self._record(decision)
+        natives = self.lendable.weights()
         if not decision.plan.is_fallback:
             self.lendable.wait_for_parameters()
             self._loan = start_lending(
                 decision.plan,
-                self.lendable.weights(),
+                natives,
                 group=self.lending_group,
                 grad_dtype=self._grad_dtype(),
                 returns=decision.trains,
@@ -119,7 +121,10 @@ class LLEPMoELayer(MoELayer):
                 memory=self.shared_lending.memory,
                 progress=self.shared_lending.progress,
             )
-            hidden_states = gate(self._loan, hidden_states)
+        if self._loan is not None or (self._experts_are_reduced and decision.trains):
+            hidden_states = gate(
+                self._loan, natives, hidden_states, hold_all=self._experts_are_reduced
+            )
         return super().preprocess(hidden_states, probs, routing_map)
 
     def routed_experts_compute(

@@ -2,7 +2,7 @@
 
 Letters: F foreign experts of this rank.
 
-    Gate      on the layer's input; the native weights are inputs too, so the engine keeps their
+    Gate      on the layer's input; native weights are inputs too, so the engine keeps their
               gradient hooks (and with them the data-parallel reduction) until Gate has run
     Lend      on the dispatched tokens; hands out the foreign weights
     (experts)
@@ -14,19 +14,38 @@ Letters: F foreign experts of this rank.
 Every rank runs all of them, whether or not it lends or borrows.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_llep.lending.loan import Loan, Weights
 
 
-def gate(loan: Loan, hidden: torch.Tensor) -> torch.Tensor:
-    """Pass the layer's input; in backward, wait for the returned gradients and add them."""
-    if not (loan.returns and torch.is_grad_enabled()):
+def gate(
+    loan: Loan | None, natives: Sequence[Weights], hidden: torch.Tensor, *, hold_all: bool
+) -> torch.Tensor:
+    """Pass the layer's input; in backward, wait for the returned gradients and add them.
+
+    The data-parallel reduction starts a bucket when the hooks of all its weights have fired. Ranks
+    that reduce together must start buckets in the same order, though some may lend in this layer
+    and others not. So there all hooks wait for this node, which is the same one with and without
+    a loan. Where nothing is reduced those of lent experts suffice, and fewer gradients pile up.
+
+    Args:
+        loan: of this layer and micro-batch; None where nothing is lent.
+        natives: M experts' weights.
+        hidden: the layer's input.
+        hold_all: whether other ranks reduce these experts' gradients together with this one.
+    """
+    if not ((loan is None or loan.returns) and torch.is_grad_enabled()):
         return hidden
-    weights = [weight for expert in loan.natives for weight in expert]
+    held: Sequence[int] = range(len(natives))
+    if not hold_all:
+        held = sorted(set(loan.route.lent)) if loan is not None else ()
+    weights = [weight for expert in held for weight in natives[expert]]
     # The anchor keeps the node in the graph of a rank on which nothing else needs a gradient.
     anchor = torch.empty(0, device=hidden.device, requires_grad=True)
-    return _Gate.apply(loan, hidden, anchor, *weights)
+    return _Gate.apply(loan, held, hidden, anchor, *weights)
 
 
 def lend(loan: Loan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Weights]]:
@@ -49,16 +68,20 @@ def settle(loan: Loan, output: torch.Tensor) -> torch.Tensor:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loan: Loan, hidden: torch.Tensor, anchor, *weights) -> torch.Tensor:
-        ctx.loan = loan
+    def forward(
+        ctx, loan: Loan | None, held: Sequence[int], hidden: torch.Tensor, anchor, *weights
+    ) -> torch.Tensor:
+        ctx.loan, ctx.held, ctx.num_weights = loan, held, len(weights)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx, grad_hidden):
-        loan: Loan = ctx.loan
-        grads: list[list[torch.Tensor | None]] = [
-            [None] * loan.tensors_per_expert for _ in loan.natives
-        ]
+        loan: Loan | None = ctx.loan
+        if loan is None:
+            return (None, None, grad_hidden, None, *[None] * ctx.num_weights)
+        grads: dict[int, list[torch.Tensor | None]] = {
+            expert: [None] * loan.tensors_per_expert for expert in ctx.held
+        }
         # By borrower, then expert: a fixed order of summation.
         for native, returned in loan.finish_return():
             for i, (weight, grad) in enumerate(zip(loan.natives[native], returned, strict=True)):
@@ -70,7 +93,8 @@ class _Gate(torch.autograd.Function):
                     continue
                 known = grads[native][i]
                 grads[native][i] = grad if known is None else known.add_(grad)
-        return (None, grad_hidden, None, *(grad for expert in grads for grad in expert))
+        flat = (grad for expert in ctx.held for grad in grads[expert])
+        return (None, None, grad_hidden, None, *flat)
 
 
 class _Lend(torch.autograd.Function):

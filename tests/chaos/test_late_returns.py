@@ -32,11 +32,11 @@ OVERLAP = Run(
 )
 
 
-def gate_without_natives(loan, hidden):
+def gate_without_natives(loan, natives, hidden, *, hold_all):
     """`gate` as it would be if the native weights were not its inputs."""
-    if not (loan.returns and torch.is_grad_enabled()):
+    if loan is None or not (loan.returns and torch.is_grad_enabled()):
         return hidden
-    return nodes._Gate.apply(loan, hidden, torch.empty(0, requires_grad=True))
+    return nodes._Gate.apply(loan, (), hidden, torch.empty(0, requires_grad=True))
 
 
 def delay_return(monkeypatch, seconds):
@@ -133,10 +133,17 @@ FULL_RECOMPUTE = {
 
 @pytest.mark.parametrize("config", [{}, FULL_RECOMPUTE], ids=["no recompute", "full recompute"])
 def test_the_return_is_added_before_any_gradient_hook(config):
-    run = Run(layout=Layout(ep=2), routing=Routing("hot"), config=config)
+    run = replace(OVERLAP, steps=2, config=config)
     # 2 steps x 2 micro-batches a rank x 2 layers x 4 native experts x 2 weights.
-    assert count_early_hooks(run, ordered=True) == [(64, 0)] * 2
+    assert count_early_hooks(run, ordered=True) == [(64, 0)] * 4
     assert all(early > 0 for _, early in count_early_hooks(run, ordered=False))
+
+
+def test_only_lent_experts_wait_where_nothing_is_reduced():
+    run = Run(layout=Layout(ep=2), routing=Routing("hot"))
+    # The hot expert is rank 0's in layer 1 and 2, and the only one lent: 3 of 4 do not wait there,
+    # and none of rank 1's.
+    assert count_early_hooks(run, ordered=True) == [(64, 48), (64, 64)]
 
 
 GATHER = Run(

@@ -98,10 +98,15 @@ FACTORS = {
     "planner": ["exact", "lla"],
     "model": ["plain", "shared experts", "biases"],
 }
+# Small buckets: a layer's experts lie in several, as those of large models do.
 OVERLAPS = {
     "none": {},
-    "grad": {"overlap_grad_reduce": True},
-    "grad and param": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    "grad": {"overlap_grad_reduce": True, "bucket_size": 5000},
+    "grad and param": {
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+        "bucket_size": 5000,
+    },
 }
 RECOMPUTES = {
     "none": {},
