@@ -25,6 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+COMMAND_LINE = {
+    "python -m megatron_llep plan --workload hot-80-4 --ranks 8 --experts 64": "experts lent",
+    "python -m megatron_llep simulate --model gpt-oss-120b --workload hot-80-4 --ep 8": "optimum",
+    "python -m megatron_llep calibrate --output machine.json": "prediction error",
+    "python -m megatron_llep doctor": "megatron-core",
+}
+"""A command, and a word of what it prints."""
+
+
 def get_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
@@ -56,13 +65,23 @@ def test_every_command_is_known_here():
     assert commands == [
         "make demo",
         "make test",
+        "make bench",
         "torchrun --nproc-per-node 8 pretrain/pretrain_gpt.py YOUR_MEGATRON_FLAGS --moe-llep",
         "python tools/launch.py configs/tiny.yaml --dry-run -- --mock-data",
+        *COMMAND_LINE,
     ]
 
 
 @pytest.mark.parametrize(
-    "command", ["make demo", "make demo TP=2 PP=2 EP=2", "make test", "make test-long", "make lint"]
+    "command",
+    [
+        "make demo",
+        "make demo TP=2 PP=2 EP=2",
+        "make test",
+        "make bench",
+        "make test-long",
+        "make lint",
+    ],
 )
 def test_make_knows_its_targets(command):
     assert f"`{command}" in README or f"\n{command}" in README
@@ -84,6 +103,16 @@ def test_the_launcher_command_runs():
     assert done.returncode == 0, done.stderr
     assert "pretrain_gpt.py" in done.stdout
     assert "--moe-llep" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMAND_LINE)
+def test_the_command_line_runs(command, tmp_path):
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    if "calibrate" in words:
+        words.append("--quick")  # a trial run
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert COMMAND_LINE[command] in done.stdout
 
 
 def test_the_snippets_switch_llep_on():
