@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.experts import LendableExperts
-from megatron_llep.lending import Loan, SharedLending, gate, lend, settle, start_lending
+from megatron_llep.lending import Loan, SharedLending, gate, lend, settle
 from megatron_llep.metrics import record_plan
 from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
 from megatron_llep.validation import check_layer
@@ -111,7 +111,7 @@ class LLEPMoELayer(MoELayer):
         natives = self.lendable.weights()
         if not decision.plan.is_fallback:
             self.lendable.wait_for_parameters()
-            self._loan = start_lending(
+            self._loan = Loan(
                 decision.plan,
                 natives,
                 group=self.lending_group,
@@ -121,6 +121,7 @@ class LLEPMoELayer(MoELayer):
                 memory=self.shared_lending.memory,
                 progress=self.shared_lending.progress,
             )
+            self._loan.start_fetch()
         if self._loan is not None or (self._experts_are_reduced and decision.trains):
             hidden_states = gate(
                 self._loan, natives, hidden_states, hold_all=self._experts_are_reduced

@@ -26,7 +26,7 @@ class Loan:
 
     def __init__(
         self,
-        route: Route,
+        plan: Plan,
         natives: Sequence[Weights],
         *,
         group: dist.ProcessGroup,
@@ -36,7 +36,20 @@ class Loan:
         memory: ForeignMemory,
         progress: Progress,
     ):
-        self.route = route
+        """Prepare the buffers; `start_fetch` sends lent experts off, `lend` waits for them.
+
+        Args:
+            plan: this micro-batch's plan, the same on every rank.
+            natives: M tuples of this rank's expert weights, alike in shapes and dtype on all ranks.
+            group: the P ranks; used for nothing else, so that lending overlaps token exchange.
+            grad_dtype: dtype in which the gradients return.
+            returns: whether any rank needs gradients back; the same on every rank.
+            refetch: whether to free foreign weights after forward and lend them again in backward;
+                the same on every rank.
+            memory: counts the foreign weights of this rank.
+            progress: tells in errors where this rank was.
+        """
+        self.route = route = Route.of(plan, dist.get_rank(group))
         self.natives = natives
         self.returns = returns
         """Whether gradients come home: some rank trains some of its experts."""
@@ -180,44 +193,6 @@ class Loan:
     @staticmethod
     def _free(flat: torch.Tensor) -> None:
         flat.untyped_storage().resize_(0)
-
-
-def start_lending(
-    plan: Plan,
-    natives: Sequence[Weights],
-    *,
-    group: dist.ProcessGroup,
-    grad_dtype: torch.dtype,
-    returns: bool,
-    refetch: bool,
-    memory: ForeignMemory,
-    progress: Progress,
-) -> Loan:
-    """Start sending lent experts to their borrowers; `lend` waits for them.
-
-    Args:
-        plan: this micro-batch's plan, the same on every rank.
-        natives: M tuples of this rank's expert weights, alike in shapes and dtype on all ranks.
-        group: the P ranks; used for nothing else, so that lending overlaps token exchange.
-        grad_dtype: dtype in which the gradients return.
-        returns: whether any rank needs gradients back; the same on every rank.
-        refetch: whether to free foreign weights after forward and lend them again in backward;
-            the same on every rank.
-        memory: counts the foreign weights of this rank.
-        progress: tells in errors where this rank was.
-    """
-    loan = Loan(
-        Route.of(plan, dist.get_rank(group)),
-        natives,
-        group=group,
-        grad_dtype=grad_dtype,
-        returns=returns,
-        refetch=refetch,
-        memory=memory,
-        progress=progress,
-    )
-    loan.start_fetch()
-    return loan
 
 
 def _flatten(experts: Iterable[Weights], like: torch.Tensor) -> torch.Tensor:

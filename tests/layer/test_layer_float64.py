@@ -12,6 +12,8 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_llep.config import LLEPConfig
+from megatron_llep.cost_presets import PRESETS
 from megatron_llep.integration.convert import convert_model
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
@@ -93,7 +95,7 @@ def compare_layers(rank, size, layout, llep, skew, token_counts, settings) -> in
         return ours.token_dispatcher.num_local_experts - plain.num_local_experts
 
 
-@pytest.mark.parametrize("planner", ["exact", "lla"])
+@pytest.mark.parametrize("planner", ["tolerant", "exact", "lla"])
 @pytest.mark.parametrize("order", ["local_first", "rank_order"])
 @pytest.mark.parametrize(
     "layout",
@@ -105,6 +107,26 @@ def test_layer_equals_megatron(layout, planner, order):
     size = layout.world_size
     slots = run_ranks(compare_layers, size, layout, llep, 1.0, [T] * size, {})
     assert all(slots)
+
+
+@pytest.mark.parametrize("lend_to", ["any_node", "own_node"])
+@pytest.mark.parametrize("order", ["local_first", "rank_order"])
+def test_several_nodes(lend_to, order):
+    llep = replace(EAGER, ranks_per_node=2, lend_to=lend_to, token_assignment=order)
+    assert all(run_ranks(compare_layers, 4, Layout(ep=4), llep, 1.0, [T] * 4, {}))
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_auto_lends_where_its_cost_model_says_so(free, tmp_path):
+    model = replace(
+        PRESETS["h200"],
+        flops_per_second=1e6 if free else 1e30,
+        planning_seconds=0.0 if free else 1.0,
+    )
+    model.save(tmp_path / "machine.json")
+    llep = LLEPConfig(planner="auto", cost_model=str(tmp_path / "machine.json"))
+    slots = run_ranks(compare_layers, 2, Layout(ep=2), llep, 1.0, [T, T], {})
+    assert all(slots) if free else not any(slots)
 
 
 def test_experts_with_biases():

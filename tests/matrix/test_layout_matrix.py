@@ -95,7 +95,7 @@ FACTORS = {
     "recompute": ["none", "full uniform", "full block", "moe", "core_attn"],
     "foreign_weights": ["keep", "refetch"],
     "routing": ["natural", "hot", "starved"],
-    "planner": ["exact", "lla"],
+    "planner": ["tolerant", "exact", "lla"],
     "model": ["plain", "shared experts", "biases"],
 }
 # Small buckets: a layer's experts lie in several, as those of large models do.
