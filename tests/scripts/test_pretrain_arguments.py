@@ -37,7 +37,11 @@ def test_the_good_command_line_passes(use_command_line):
 
 
 BAD = {
-    "planner": (["--moe-llep-planner", "best"], "--moe-llep-planner best", "choose one of exact"),
+    "planner": (
+        ["--moe-llep-planner", "best"],
+        "--moe-llep-planner best",
+        "choose one of tolerant",
+    ),
     "capacity 0.5": (
         ["--moe-llep-capacity-factor", "0.5"],
         "--moe-llep-capacity-factor 0.5",
