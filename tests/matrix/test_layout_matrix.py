@@ -151,7 +151,8 @@ def make_case(layout: Layout, row: Row, steps: int) -> Case:
         layout,
         routing=Routing(row["routing"], ranks=layout.ep),
         optimizer=optimizer,
-        steps=steps,
+        # Rounding adds up: after 4 steps plain Megatron's own gradients are 0.2 from those in fp32.
+        steps=2 if is_bf16 else steps,
         micro_batches_per_rank=row["micro_batches"],
         ddp=OVERLAPS[row["overlap"]]
         | {"use_distributed_optimizer": row["optimizer"] == "distributed"},
@@ -159,8 +160,7 @@ def make_case(layout: Layout, row: Row, steps: int) -> Case:
     )
     llep = replace(EAGER, planner=row["planner"], foreign_weights=row["foreign_weights"])
     if is_bf16:
-        # Plain Megatron's own gradients are up to 0.2 from those in fp32 here, its losses 3e-4.
-        return Case(run, llep, loss_tolerance=1e-2, gradient_tolerance=0.2)
+        return Case(run, llep, loss_tolerance=5e-3, gradient_tolerance=0.1)
     return Case(run, llep)
 
 
