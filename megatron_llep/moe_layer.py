@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.experts import LendableExperts
+from megatron_llep.experts import make_lendable
 from megatron_llep.lending import Loan, SharedLending, gate, lend, settle
 from megatron_llep.metrics import record_plan
 from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
@@ -66,7 +66,7 @@ class LLEPMoELayer(MoELayer):
     ) -> None:
         check_layer(self, llep)
         self.llep = llep
-        self.lendable = LendableExperts(self.experts)
+        self.lendable = make_lendable(self.experts)
         self.shared_lending = shared
         groups = pg_collection
         if llep.replicas == "expert-dp":

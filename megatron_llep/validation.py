@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig, flag_of
 from megatron_llep.cost_presets import get_cost_model
+from megatron_llep.experts import make_lendable
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -163,11 +163,7 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
         ValueError: names what does not fit and the way out.
     """
     check_config(layer.config, llep)
-    if not isinstance(layer.experts, SequentialMLP):
-        raise ValueError(
-            f"--moe-grouped-gemm: LLEP lends the experts of SequentialMLP, not of "
-            f"{type(layer.experts).__name__}; leave the flag out"
-        )
+    make_lendable(layer.experts)
     dtypes = {weight.dtype for weight in layer.experts.parameters()}
     if len(dtypes) > 1:
         raise ValueError(

@@ -78,7 +78,7 @@ def test_more_foreign_slots_than_experts():
 
 def test_experts_of_another_kind():
     layer = SimpleNamespace(config=SUPPORTED, experts=torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"--moe-grouped-gemm: .* not of Linear"):
+    with pytest.raises(ValueError, match=r"--moe-llep: .* not of Linear"):
         check_layer(layer, EAGER)
 
 
