@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from layer_ranks import Job, run_ranks
-from layer_report import BALANCED, PLAIN, Row, draw, format_table, make_rows
+from layer_ranks import BALANCED, PLAIN, Job, run_ranks
+from layer_report import Row, draw, format_table, make_rows
 
 from megatron_llep.calibration.build import build_cost_model
 from megatron_llep.calibration.measure import CPU_SIZES, choose_sizes, measure
@@ -97,7 +97,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--planners", nargs="+", default=["tolerant", "exact", "lla", "auto"], metavar="PLANNER"
     )
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), metavar="WORKLOAD")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost-model", help="a file that `calibrate` wrote")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")

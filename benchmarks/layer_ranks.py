@@ -1,7 +1,4 @@
-"""The processes of the layer benchmark: each is one rank, on a core of its own.
-
-Letters: V variants (plain Megatron and the planners), W workloads.
-"""
+"""The processes of the layer benchmark: each is one rank, on a core of its own."""
 
 import gc
 import os
@@ -32,6 +29,10 @@ _KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # the tensors, not of the allocator's habits.
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
+PLAIN, BALANCED = "plain", "balanced"
+LIMIT = "limit"
+"""Plain Megatron with balanced routing, in every round of every workload: no plan can be faster."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -51,7 +52,7 @@ class Found:
     """What one rank found, by (workload, variant)."""
 
     seconds: dict[tuple[str, str], list[float]]
-    """Of each round."""
+    """Of each round, `LIMIT` included."""
     peak_bytes: dict[tuple[str, str], int]
     """Most memory that the layer took, with its weights and gradients, above the libraries."""
     plans: dict[tuple[str, str], Plan]
@@ -126,17 +127,20 @@ def _take_times(rank: int, job: Job) -> Found:
 
     sizes = Sizes(**job.sizes)
     layers = {name: BenchLayer(sizes, rank, llep) for name, llep in job.variants.items()}
+    layers[LIMIT] = BenchLayer(sizes, rank, None)
+    layers[LIMIT].route(_choose(rank, job, BALANCED))
     names = list(layers)
     found = Found(seconds={}, peak_bytes={}, plans={})
     for workload in job.workloads:
         started = time.perf_counter()
         experts = _choose(rank, job, workload)
-        for name, layer in layers.items():
+        for name, llep in job.variants.items():
+            layer = layers[name]
             layer.route(experts)
-            if job.variants[name] is not None:
+            if llep is not None:
                 decision = layer.module.token_dispatcher.decide(layer.get_routing_map())
                 found.plans[workload, name] = decision.plan
-            found.seconds[workload, name] = []
+        found.seconds.update({(workload, name): [] for name in names})
         for turn in range(1 + job.rounds):
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:

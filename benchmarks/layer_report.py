@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layer_ranks import Found, Job
+from layer_ranks import BALANCED, LIMIT, PLAIN, Found, Job
 
 from megatron_llep.cost_model import EXCHANGES, LayerCost
 from megatron_llep.planner import Plan, make_plan
 from megatron_llep.planner.topology import ONE_NODE
 from megatron_llep.traffic import count_traffic
 from megatron_llep.workloads import get_workload, make_counts
-
-PLAIN, BALANCED = "plain", "balanced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +24,13 @@ class Row:
     seconds: float
     speedup: float
     """Plain EP's time / this one's: median over rounds of the ratio within a round."""
+    limit: float
+    """The same for plain EP with balanced routing, measured in the same rounds: what these ranks
+    reach together, whatever the plan."""
     predicted_speedup: float
-    """The same from the cost model."""
+    """From the cost model."""
     to_balanced: float
-    """This time / plain EP's under balanced routing."""
+    """This time / plain EP's with balanced routing: median over rounds."""
     imbalance: float
     """Most loaded rank's tokens / mean, as it ran."""
     peak_bytes: int
@@ -48,7 +49,6 @@ class Row:
 def make_rows(job: Job, found: Sequence[Found], cost: LayerCost) -> list[Row]:
     """Put the ranks' findings together; `BALANCED` is among the workloads."""
     rows = []
-    balanced_seconds = statistics.median(_worst(found, (BALANCED, PLAIN)))
     balanced_peak = max(rank.peak_bytes[BALANCED, PLAIN] for rank in found)
     for workload in job.workloads:
         counts = make_counts(
@@ -62,6 +62,7 @@ def make_rows(job: Job, found: Sequence[Found], cost: LayerCost) -> list[Row]:
         plain_plan = make_plan(counts, planner="exact", max_foreign=0)
         plain_predicted = cost.predict(plain_plan, counts, ONE_NODE).total
         plain_seconds = _worst(found, (workload, PLAIN))
+        limit_seconds = _worst(found, (workload, LIMIT))
         for variant in job.variants:
             key = workload, variant
             plan = found[0].plans.get(key, plain_plan)
@@ -71,11 +72,10 @@ def make_rows(job: Job, found: Sequence[Found], cost: LayerCost) -> list[Row]:
                     workload=workload,
                     variant=variant,
                     seconds=statistics.median(seconds),
-                    speedup=statistics.median(
-                        plain / this for plain, this in zip(plain_seconds, seconds, strict=True)
-                    ),
+                    speedup=_compare(plain_seconds, seconds),
+                    limit=_compare(plain_seconds, limit_seconds),
                     predicted_speedup=plain_predicted / cost.predict(plan, counts, ONE_NODE).total,
-                    to_balanced=statistics.median(seconds) / balanced_seconds,
+                    to_balanced=_compare(seconds, limit_seconds),
                     imbalance=plan.imbalance_after,
                     peak_bytes=peak,
                     peak_to_balanced=peak / balanced_peak,
@@ -88,22 +88,26 @@ def make_rows(job: Job, found: Sequence[Found], cost: LayerCost) -> list[Row]:
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as text."""
     lines = [
-        f"{'':24}{'time':>8}{'speed-up':>10}{'':>12}{'/bal.':>7}{'peak memory':>16}"
+        f"{'':20}{'time':>8}{'speed-up':>10}{'':>18}{'/bal.':>7}{'peak memory':>16}"
         f"{'on the wire, MB':>27}{'':>7}",
-        f"{'workload, variant':24}{'ms':>8}{'measured':>10}{'predicted':>12}{'time':>7}"
+        f"{'workload, variant':20}{'ms':>8}{'measured':>10}{'limit':>7}{'predicted':>11}{'time':>7}"
         f"{'MiB':>8}{'/bal.':>8}{'tokens':>11}{'weights':>8}{'grads':>8}{'lent':>7}",
     ]
     for row in rows:
         if row.variant == PLAIN:
             lines.append(f"{row.workload}")
         lines.append(
-            f"  {row.variant:22}{row.seconds * 1e3:8.0f}{row.speedup:10.2f}"
-            f"{row.predicted_speedup:12.2f}{row.to_balanced:7.2f}"
+            f"  {row.variant:18}{row.seconds * 1e3:8.0f}{row.speedup:10.2f}{row.limit:7.2f}"
+            f"{row.predicted_speedup:11.2f}{row.to_balanced:7.2f}"
             f"{row.peak_bytes / 2**20:8.0f}{row.peak_to_balanced:8.2f}"
             f"{row.token_bytes / 1e6:11.1f}{row.lent_bytes / 1e6:8.1f}"
             f"{row.returned_bytes / 1e6:8.1f}{row.lent_experts:7}"
         )
     errors = [abs(r.predicted_speedup / r.speedup - 1) for r in rows if r.variant != PLAIN]
+    lines.append(
+        "limit: plain EP with balanced routing, in the same rounds: what the two cores reach "
+        "together"
+    )
     lines.append(
         f"predicted against measured speed-up: {statistics.median(errors):.1%} off in the median, "
         f"{max(errors):.1%} at worst"
@@ -141,6 +145,11 @@ def draw(rows: Sequence[Row], caption: str, path: Path) -> None:
             predicted = [row.predicted_speedup for row in of]
             label = "predicted by the cost model" if i == len(variants) - 1 else None
             top.plot(x, predicted, "_", color="#333333", markersize=8, label=label)
+    for place, workload in enumerate(workloads):
+        limit = table[workload, PLAIN].limit
+        label = "limit: balanced routing, same rounds" if place == 0 else None
+        ends = (place - 0.42, place + 0.42)
+        top.plot(ends, (limit, limit), ":", color="#555555", linewidth=1.2, label=label)
     top.set_ylabel("speed-up over plain EP")
     bottom.set_ylabel("peak memory of the worst rank\n/ plain EP, balanced")
     labels = [f"{name}\n{_explain(name)}" for name in workloads]
@@ -164,6 +173,11 @@ def _explain(workload: str) -> str:
 def _worst(found: Sequence[Found], key: tuple[str, str]) -> list[float]:
     """Seconds of the slowest rank in each round."""
     return [max(ranks) for ranks in zip(*(rank.seconds[key] for rank in found), strict=True)]
+
+
+def _compare(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median over rounds of a / b."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def _count_bytes(plan: Plan, counts, cost: LayerCost) -> Mapping[str, int]:
