@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -19,8 +20,8 @@ from megatron_llep.device.memory import (
     get_resident_bytes,
     reset_peak_resident_bytes,
 )
-from megatron_llep.planner import Plan
-from megatron_llep.workloads import route_tokens
+from megatron_llep.planner import Plan, make_plan, sends
+from megatron_llep.workloads import make_counts, route_tokens
 
 # Freed memory is kept for the next tensor, as torch does on GPUs. By default fresh pages would be
 # asked for each large tensor, which costs most where one rank has most tokens: plain EP under skew.
@@ -31,7 +32,9 @@ _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 PLAIN, BALANCED = "plain", "balanced"
 LIMIT = "limit"
-"""Plain Megatron with balanced routing, in every round of every workload: no plan can be faster."""
+"""Plain Megatron with another router: the tokens that `exact` computes on a borrower go to an
+expert that is at home there. The same work on every rank, and nothing lent: what a plan could reach
+at most, on these cores, if lending cost nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,6 @@ def _take_times(rank: int, job: Job) -> Found:
     sizes = Sizes(**job.sizes)
     layers = {name: BenchLayer(sizes, rank, llep) for name, llep in job.variants.items()}
     layers[LIMIT] = BenchLayer(sizes, rank, None)
-    layers[LIMIT].route(_choose(rank, job, BALANCED))
     names = list(layers)
     found = Found(seconds={}, peak_bytes={}, plans={})
     for workload in job.workloads:
@@ -140,6 +142,7 @@ def _take_times(rank: int, job: Job) -> Found:
             if llep is not None:
                 decision = layer.module.token_dispatcher.decide(layer.get_routing_map())
                 found.plans[workload, name] = decision.plan
+        layers[LIMIT].route(choose_as_if_lent(rank, job, workload))
         found.seconds.update({(workload, name): [] for name in names})
         for turn in range(1 + job.rounds):
             shift = turn % len(names)
@@ -177,6 +180,27 @@ def _weigh(rank: int, job: Job) -> Found:
     if rank == 0:
         print("memory: done", flush=True)
     return found
+
+
+def choose_as_if_lent(rank: int, job: Job, workload: str) -> torch.Tensor:
+    """Experts [T, 1] of this rank's tokens under `LIMIT`."""
+    experts = _choose(rank, job, workload)
+    num_ranks, num_experts = job.sizes["num_ranks"], job.sizes["num_experts"]
+    counts = make_counts(
+        workload,
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        tokens_per_rank=job.sizes["tokens_per_rank"],
+        top_k=1,
+        seed=job.seed,
+    )
+    plan = make_plan(counts, planner="exact")
+    rerouted = experts.clone()
+    for expert, per_rank in enumerate(sends(plan, counts, rank)):
+        M = plan.experts_per_rank
+        at_home = np.arange(num_ranks) * M + expert % M  # the expert itself on its own rank
+        rerouted[experts == expert] = torch.from_numpy(np.repeat(at_home, per_rank))
+    return rerouted
 
 
 def _choose(rank: int, job: Job, workload: str) -> torch.Tensor:

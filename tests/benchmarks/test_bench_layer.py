@@ -16,7 +16,7 @@ from megatron_llep.workloads import make_counts
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from layer_ranks import Found, Job  # noqa: E402
+from layer_ranks import LIMIT, Found, Job, choose_as_if_lent  # noqa: E402
 from layer_report import format_table, make_rows  # noqa: E402
 
 SIZES = {
@@ -41,15 +41,16 @@ def test_what_the_rows_say():
     even = make_counts("balanced", num_ranks=2, num_experts=8, tokens_per_rank=256, top_k=1)
     plain = make_plan(even, planner="exact")
     hot, exact = ("hot-95-1", "plain"), ("hot-95-1", "exact")
-    balanced = {("balanced", name): [1.0, 1.0, 1.0] for name in job.variants}
+    limit = ("hot-95-1", LIMIT)
+    balanced = {("balanced", name): [1.0, 1.0, 1.0] for name in (*job.variants, LIMIT)}
     ranks = [
         Found(
-            seconds=balanced | {hot: [4.0, 2.0, 9.0], exact: [2.0, 1.0, 1.0]},
+            seconds=balanced | {hot: [4.0, 2.0, 9.0], exact: [2.0, 1.0, 1.0], limit: [1.0] * 3},
             peak_bytes=dict.fromkeys(balanced, 100) | {hot: 200, exact: 110},
             plans={("balanced", "exact"): plain, exact: plan},
         ),
         Found(
-            seconds=balanced | {hot: [1.0, 3.0, 1.0], exact: [1.0, 1.0, 3.0]},
+            seconds=balanced | {hot: [1.0, 3.0, 1.0], exact: [1.0, 1.0, 3.0], limit: [1.0] * 3},
             peak_bytes=dict.fromkeys(balanced, 90) | {hot: 50, exact: 120},
             plans={("balanced", "exact"): plain, exact: plan},
         ),
@@ -62,6 +63,7 @@ def test_what_the_rows_say():
     assert rows[hot].seconds == 4.0  # of 4, 3, 9
     assert rows[exact].seconds == 2.0  # of 2, 1, 3
     assert rows[exact].speedup == 3.0  # of 2, 3, 3
+    assert rows[exact].limit == 4.0  # of 4, 3, 9
     assert rows[exact].to_balanced == 2.0
     assert rows[exact].peak_bytes == 120
     assert rows[exact].peak_to_balanced == 1.2
@@ -76,6 +78,18 @@ def test_what_the_rows_say():
     table = format_table(list(rows.values()))
     assert "predicted against measured" in table
     assert all(workload in table for workload in workloads)
+
+
+def test_the_limit_has_the_loads_of_the_plan():
+    variants = {"plain": None}
+    job = Job(sizes=SIZES, variants=variants, workloads=("hot-95-1",), rounds=1)
+    counts = make_counts("hot-95-1", num_ranks=2, num_experts=8, tokens_per_rank=256, top_k=1)
+    plan = make_plan(counts, planner="exact")
+    experts = np.stack([choose_as_if_lent(rank, job, "hot-95-1").numpy() for rank in range(2)])
+    np.testing.assert_array_equal(np.bincount(experts.ravel() // 4), plan.load_per_rank_after)
+    sent = np.stack([sends(plan, counts, rank).sum(axis=0) for rank in range(2)])
+    for rank in range(2):  # the same tokens cross the wire
+        np.testing.assert_array_equal(np.bincount(experts[rank].ravel() // 4), sent[rank])
 
 
 @pytest.mark.slow
