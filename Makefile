@@ -16,7 +16,7 @@ EP ?= 2
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup bench demo test test-long lint format clean
+.PHONY: help setup bench demo gpu-check test test-long lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ demo: $(READY) ## train with plain EP and with LLEP, and compare: runs/demo/repo
 
 bench: $(READY) ## one MoE layer, plain EP against LLEP: benchmarks/results/layer.json, .png
 	$(BIN)/python benchmarks/bench_layer.py
+
+gpu-check: $(READY) ## on a machine with GPUs: right, and how fast: benchmarks/results/gpu_check.json
+	$(BIN)/python tools/gpu_check.py
 
 test: $(READY) ## the tests, under 20 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -17,7 +17,7 @@ from megatron_llep.experts import make_lendable
 from megatron_llep.lending import Loan, SharedLending, gate, lend, settle
 from megatron_llep.metrics import record_plan
 from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
-from megatron_llep.validation import check_layer
+from megatron_llep.validation import check_config, check_layer
 
 
 class LLEPMoELayer(MoELayer):
@@ -35,6 +35,7 @@ class LLEPMoELayer(MoELayer):
         llep: LLEPConfig,
         shared: SharedLending,
     ):
+        check_config(config, llep)  # before Megatron builds a dispatcher that is refused
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self._start_llep(llep, shared, pg_collection)

@@ -79,6 +79,7 @@ def test_every_command_is_known_here():
         "make demo TP=2 PP=2 EP=2",
         "make test",
         "make bench",
+        "make gpu-check",
         "make test-long",
         "make lint",
     ],

@@ -8,6 +8,8 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.lending import SharedLending
+from megatron_llep.moe_layer import LLEPMoELayer
 from megatron_llep.validation import REFUSALS, check_config, check_layer, check_same_on_all_ranks
 from support.layout import Layout, use_layout
 from support.llep import EAGER
@@ -63,6 +65,14 @@ def test_unsupported_settings_name_flag_and_remedy(changes, flag):
     with pytest.raises(ValueError, match=r"leave|use|set|must|train") as error:
         check_config(config_with(**changes), EAGER)
     assert flag in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["deepep", "hybridep", "ncclep"])
+def test_a_refused_dispatcher_is_named_before_megatron_builds_it(backend):
+    """Megatron's own would first ask for a package that is not installed here."""
+    config = config_with(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend=backend)
+    with pytest.raises(ValueError, match="--moe-token-dispatcher-type flex: not supported"):
+        LLEPMoELayer(config, llep=EAGER, shared=SharedLending())
 
 
 def test_every_refused_setting_is_one_of_megatrons():

@@ -1,0 +1,1 @@
+"""The parts of tools/gpu_check.py: each section in a file of its own."""

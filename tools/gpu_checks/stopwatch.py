@@ -1,0 +1,95 @@
+"""Time and peak memory of one rank's expert work, forward and backward.
+
+Shape letters: N (token, expert) pairs of the rank, H hidden size.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from gpu_checks.experts import Experts, Slab
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One forward and backward."""
+
+    forward_seconds: float
+    backward_seconds: float
+    peak_bytes: int | None
+    """Most memory the rank's experts held at once, None where torch does not count: weights and
+    gradients of their slots, the input rows, in backward the output's gradient, and whatever
+    was allocated on the way."""
+    device_allocations: int
+    """Times that the caching allocator asked the driver for memory, which takes time."""
+
+
+def run_once(experts: Experts, slab: Slab, rows: torch.Tensor, tokens: list[int]) -> Pass:
+    """Run one rank's experts once, alone on the device.
+
+    `rows` [N, H] serve as input and as the gradient of the output, which saves memory on the
+    device; the peak counts them twice.
+    """
+    cuda = rows.device.type == "cuda"
+    marks: list[float] = []
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if cuda else []
+    peaks: list[int] = []
+
+    def mark() -> None:
+        if cuda:
+            events[len(marks)].record()
+        marks.append(time.perf_counter())
+
+    def start_peak() -> None:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(rows.device)
+
+    def end_peak() -> None:
+        if cuda:
+            peaks.append(torch.cuda.max_memory_allocated(rows.device) - before)
+
+    before = torch.cuda.memory_allocated(rows.device) if cuda else 0
+    allocations = _count_device_allocations(rows.device)
+    start_peak()
+    mark()
+    output, backward = experts(slab, rows, tokens)
+    mark()
+    end_peak()
+    # In training the combine frees it; an implementation may hold it for its own backward.
+    output.untyped_storage().resize_(0)
+    start_peak()
+    backward(rows)
+    mark()
+    end_peak()
+    if not cuda:
+        forward, backward_seconds = marks[1] - marks[0], marks[2] - marks[1]
+        return Pass(
+            forward_seconds=forward,
+            backward_seconds=backward_seconds,
+            peak_bytes=None,
+            device_allocations=0,
+        )
+    events[2].synchronize()
+    forward_peak, backward_peak = peaks
+    return Pass(
+        forward_seconds=events[0].elapsed_time(events[1]) / 1e3,
+        backward_seconds=events[1].elapsed_time(events[2]) / 1e3,
+        peak_bytes=slab.nbytes + rows.nbytes + max(forward_peak, rows.nbytes + backward_peak),
+        device_allocations=_count_device_allocations(rows.device) - allocations,
+    )
+
+
+def _count_device_allocations(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.memory_stats(device).get("num_device_alloc", 0)
+
+
+def estimate_bytes(*, slots: int, pairs: int, hidden: int, ffn: int, itemsize: int = 2) -> int:
+    """Memory on the device that `run_once` needs at most, on torch's grouped GEMM."""
+    weights = 3 * slots * hidden * ffn
+    # Input rows, and the largest of: forward; backward of fc2 and activation; backward of fc1.
+    per_pair = hidden + max(3 * ffn + hidden, 6 * ffn, 2 * ffn + hidden)
+    gradient = 2 * slots * hidden * ffn * itemsize  # of fc1, before it is added
+    return weights * (itemsize + 4) + pairs * per_pair * itemsize + gradient
