@@ -10,6 +10,7 @@ FOREIGN_WEIGHTS = ("keep", "refetch")
 REPLICAS = ("none", "expert-dp")
 GRAD_DTYPES = ("fp32", "param")
 LEND_TO = ("any_node", "own_node")
+EXPERT_GEMMS = ("megatron", "grouped_mm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,11 @@ class LLEPConfig:
     """Precision in which the weight gradients of lent experts are sent home: fp32, or that of the
     parameters (half the traffic for bf16 models)."""
 
+    expert_gemm: Literal["megatron", "grouped_mm"] = "megatron"
+    """How a rank computes its experts. megatron: as Megatron's own module does. grouped_mm: those
+    of SequentialMLP, which run one after another, in torch's grouped GEMMs instead: for many small
+    experts where there is no Transformer Engine."""
+
     def __post_init__(self) -> None:
         """Reject values that no model could use.
 
@@ -104,6 +110,7 @@ class LLEPConfig:
             _require_choice("--moe-llep-foreign-weights", self.foreign_weights, FOREIGN_WEIGHTS)
         _require_choice("--moe-llep-grad-dtype", self.grad_dtype, GRAD_DTYPES)
         _require_choice("--moe-llep-lend-to", self.lend_to, LEND_TO)
+        _require_choice("--moe-llep-expert-gemm", self.expert_gemm, EXPERT_GEMMS)
         _require(
             math.isfinite(self.tolerance) and self.tolerance >= 0,
             "--moe-llep-tolerance",

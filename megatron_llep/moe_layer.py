@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.experts import make_lendable
+from megatron_llep.experts import GroupedMM, make_lendable
 from megatron_llep.lending import Loan, SharedLending, gate, lend, settle
 from megatron_llep.metrics import record_plan
 from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
@@ -66,6 +66,8 @@ class LLEPMoELayer(MoELayer):
         self, llep: LLEPConfig, shared: SharedLending, pg_collection: ProcessGroupCollection
     ) -> None:
         check_layer(self, llep)
+        if llep.expert_gemm == "grouped_mm":
+            GroupedMM.convert(self.experts)
         self.llep = llep
         self.lendable = make_lendable(self.experts)
         self.shared_lending = shared

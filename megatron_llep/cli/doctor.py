@@ -20,6 +20,7 @@ SEAMS = {
     "megatron.core.parallel_state": ("create_group",),
     "megatron.core.process_groups_config": ("ProcessGroupCollection",),
     "megatron.core.tensor_parallel.random": ("is_checkpointing",),
+    "megatron.core.transformer.mlp": ("MLP.forward",),
     "megatron.core.transformer.moe.experts": ("SequentialMLP.forward",),
     "megatron.core.transformer.moe.moe_layer": (
         "MoELayer.preprocess",

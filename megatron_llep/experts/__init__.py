@@ -3,9 +3,10 @@
 import torch
 
 from megatron_llep.experts.base import LendableExperts
+from megatron_llep.experts.grouped_mm import GroupedMM, LendableGroupedMM
 from megatron_llep.experts.sequential import LendableSequentialMLP
 
-KINDS: tuple[type[LendableExperts], ...] = (LendableSequentialMLP,)
+KINDS: tuple[type[LendableExperts], ...] = (LendableSequentialMLP, LendableGroupedMM)
 
 
 def find_kind(module: torch.nn.Module) -> type[LendableExperts] | None:
@@ -28,4 +29,4 @@ def make_lendable(module: torch.nn.Module) -> LendableExperts:
     return kind(module)
 
 
-__all__ = ["KINDS", "LendableExperts", "find_kind", "make_lendable"]
+__all__ = ["KINDS", "GroupedMM", "LendableExperts", "find_kind", "make_lendable"]

@@ -10,8 +10,8 @@ from megatron_llep.validation import REFUSALS
 
 DOC = Path(__file__).parents[2] / "docs" / "parallelism.md"
 
-# What LLEPConfig, SharedLending, check_config, check_layer and check_same_on_all_ranks refuse
-# beside REFUSALS.
+# What LLEPConfig, SharedLending, check_config, check_layer, check_same_on_all_ranks and
+# check_convertible refuse beside REFUSALS.
 OTHER_FLAGS = {
     "--num-experts",
     "--expert-model-parallel-size",
@@ -20,6 +20,7 @@ OTHER_FLAGS = {
     "--moe-llep-replicas",
     "--moe-llep-*",
     "--moe-grouped-gemm",
+    "--moe-llep-expert-gemm",
 }
 
 

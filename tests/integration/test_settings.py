@@ -24,6 +24,7 @@ FLAGS = [
     "--moe-llep-token-assignment",
     "--moe-llep-foreign-weights",
     "--moe-llep-grad-dtype",
+    "--moe-llep-expert-gemm",
 ]
 
 
@@ -54,7 +55,7 @@ def test_every_flag_is_read():
         *("--moe-llep-lend-to", "own_node"),
         *("--moe-llep-max-foreign-experts", "3", "--moe-llep-token-assignment", "rank_order"),
         *("--moe-llep-foreign-weights", "refetch", "--moe-llep-grad-dtype", "param"),
-        *("--moe-llep-replicas", "expert-dp"),
+        *("--moe-llep-replicas", "expert-dp", "--moe-llep-expert-gemm", "grouped_mm"),
     )
     assert given == LLEPConfig(
         planner="lla",
@@ -69,6 +70,7 @@ def test_every_flag_is_read():
         token_assignment="rank_order",
         foreign_weights="refetch",
         grad_dtype="param",
+        expert_gemm="grouped_mm",
     )
 
 
@@ -81,6 +83,7 @@ def test_every_flag_is_read():
         ("token_assignment", "random"),
         ("foreign_weights", "borrow"),
         ("grad_dtype", "fp8"),
+        ("expert_gemm", "cutlass"),
         ("tolerance", -0.1),
         ("tolerance", math.nan),
         ("ranks_per_node", 0),
