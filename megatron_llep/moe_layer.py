@@ -99,6 +99,22 @@ class LLEPMoELayer(MoELayer):
             outputs[0].register_hook(lambda _: progress.enter(f"backward of {place}"))
         return outputs
 
+    def route(
+        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose experts by Megatron's router, and start counting: `preprocess` needs all counts.
+
+        Args:
+            hidden_states: [..., H], T tokens.
+            padding_mask: as for `MoELayer.route`.
+
+        Returns:
+            Probabilities [T, E] and the routing map, bool [T, E].
+        """
+        probs, routing_map = super().route(hidden_states, padding_mask)
+        self.token_dispatcher.start_count(routing_map, trains=self.lendable.trains())
+        return probs, routing_map
+
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

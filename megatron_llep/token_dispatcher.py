@@ -15,14 +15,22 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.counting import CountTable
 from megatron_llep.layer_cost import get_layer_cost
-from megatron_llep.placement import order_chunks, place_tokens
+from megatron_llep.placement import (
+    Pairs,
+    Placement,
+    gather_rows,
+    list_pairs,
+    order_chunks,
+    place_tokens,
+    sum_rows,
+)
 from megatron_llep.planner import (
     Plan,
     Topology,
@@ -40,6 +48,8 @@ class Decision:
 
     routing_map: torch.Tensor
     """bool [T, E], the routing that was counted."""
+    pairs: Pairs
+    """This rank's, listed while the counts travelled."""
     counts: np.ndarray
     """int64 [R, D * E], tokens from each source to each replica of each expert."""
     load_before: np.ndarray
@@ -78,25 +88,45 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.num_replicas = self.ep_size * num_local_experts // self.num_experts
         self.cost = get_layer_cost(config, llep)
         self.decision: Decision | None = None
+        # From the router to `decide` of one forward.
+        self._counting: tuple[CountTable, Pairs] | None = None
+        # From dispatch to combine of one forward.
+        self._placement: Placement | None = None
 
     @property
     def source(self) -> int:
         """This rank's index among the R sources."""
         return self.ep_rank * self.tp_size + self.tp_rank
 
-    def decide(self, routing_map: torch.Tensor, *, trains: bool = True) -> Decision:
-        """Gather all ranks' counts and plan from them: one small all-gather, one host copy.
+    def start_count(self, routing_map: torch.Tensor, *, trains: bool = True) -> None:
+        """Start gathering all ranks' counts; `decide`, given the same map, waits for them.
+
+        Meanwhile the GPU does what needs no plan. All ranks call it in the same order.
 
         Args:
             routing_map: bool [T, E].
             trains: whether this rank's experts need weight gradients.
         """
-        row = routing_map.sum(dim=0, dtype=torch.int64)
-        row = torch.cat((row, row.new_full((1,), trains)))
-        rows = row.new_empty(self.ep_size * self.tp_size * row.numel())
-        dist.all_gather_into_tensor(rows, row, group=self.tp_ep_group)
-        table = rows.view(-1, row.numel()).cpu().numpy()
-        routed = np.ascontiguousarray(table[:, :-1])
+        table = CountTable(
+            routing_map, trains=trains, group=self.tp_ep_group, stream=self.cuda_dtoh_stream
+        )
+        # As many as there are where no token is dropped and none has an expert twice.
+        most = len(routing_map) * self.config.moe_router_topk
+        self._counting = table, list_pairs(routing_map, most)
+
+    def decide(self, routing_map: torch.Tensor, *, trains: bool = True) -> Decision:
+        """Plan from all ranks' counts: one small all-gather and one host copy.
+
+        Args:
+            routing_map: bool [T, E].
+            trains: whether this rank's experts need weight gradients; not asked for where
+                `start_count` was given this map.
+        """
+        if self._counting is None or self._counting[0].routing_map is not routing_map:
+            self.start_count(routing_map, trains=trains)
+        assert self._counting is not None
+        (table, pairs), self._counting = self._counting, None
+        routed, some_train = table.wait()
 
         start = time.perf_counter()
         plan, counts = plan_over_replicas(
@@ -114,10 +144,11 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         )
         self.decision = Decision(
             routing_map=routing_map,
+            pairs=pairs,
             counts=counts,
             load_before=load_per_rank(routed, self.num_replicas, self.ep_size),
             plan=plan,
-            trains=bool(table[:, -1].any()),
+            trains=some_train,
             plan_seconds=time.perf_counter() - start,
         )
         return self.decision
@@ -159,12 +190,23 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         chunks = order_chunks(
             to_ranks, slot_of_expert(decision.plan), self.num_local_experts, self.num_replicas
         )
-        placement = place_tokens(routing_map, chunks)
+        self._placement = placement = place_tokens(routing_map, chunks, decision.pairs)
         self.reversed_local_input_permutation_mapping = placement.token_index
         return (
-            hidden_states.index_select(0, placement.token_index),
+            gather_rows(hidden_states, placement),
             probs.reshape(-1).index_select(0, placement.pair_index),
         )
+
+    def combine_postprocess(self, rows: torch.Tensor) -> torch.Tensor:
+        """Add each token's rows, and the shared experts' output: [N, H] -> [..., H]."""
+        placement, self._placement = self._placement, None
+        assert placement is not None, "tokens are combined once, after they were dispatched"
+        if placement.rows_by_token is None:
+            return super().combine_postprocess(rows)
+        output = sum_rows(rows, placement).view(self.hidden_shape)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts.get_output()
+        return output
 
     def _set_slots(self, num_foreign: int) -> None:
         """Lay the parent's buffers out for M + S slots a rank."""

@@ -1,0 +1,63 @@
+"""The count table on its way to the host: what a rank must know before it can plan.
+
+Letters: T tokens of this rank, E experts, R sources (ranks that share tokens, and their
+expert-tensor-parallel ranks).
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class CountTable:
+    """Every source's tokens per expert: gathered and copied while host and GPU do other things.
+
+    All ranks of the group make one in the same order.
+    """
+
+    def __init__(
+        self,
+        routing_map: torch.Tensor,
+        *,
+        trains: bool,
+        group: dist.ProcessGroup,
+        stream: torch.cuda.Stream,
+    ):
+        """Start the all-gather, and behind it the copy; neither holds up the host or its stream.
+
+        Args:
+            routing_map: bool [T, E].
+            trains: whether this rank's experts need weight gradients.
+            group: the R sources.
+            stream: for the copy, and to wait for the all-gather.
+        """
+        self.routing_map = routing_map
+        row = routing_map.sum(dim=0, dtype=torch.int64)
+        row = torch.cat((row, row.new_full((1,), trains)))
+        self._rows = row.new_empty(dist.get_world_size(group) * row.numel())
+        self._shape = (-1, row.numel())
+        self._work = dist.all_gather_into_tensor(self._rows, row, group=group, async_op=True)
+        self._copied: torch.cuda.Event | None = None
+        if not routing_map.is_cuda:
+            return
+        with torch.cuda.stream(stream):
+            self._work.wait()  # NCCL: the stream waits, the host does not
+            self._host = torch.empty_like(self._rows, device="cpu", pin_memory=True)
+            self._host.copy_(self._rows, non_blocking=True)
+            self._copied = stream.record_event()
+        for tensor in (row, self._rows):
+            tensor.record_stream(stream)
+
+    def wait(self) -> tuple[np.ndarray, bool]:
+        """Wait on the host: counts, int64 [R, E], and whether some rank trains its experts.
+
+        The only point of a layer's forward at which the host waits for the GPU.
+        """
+        if self._copied is None:
+            self._work.wait()
+            table = self._rows.cpu()
+        else:
+            self._copied.synchronize()
+            table = self._host
+        rows = table.numpy().reshape(self._shape)
+        return np.ascontiguousarray(rows[:, :-1]), bool(rows[:, -1].any())

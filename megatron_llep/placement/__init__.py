@@ -1,0 +1,28 @@
+"""Placement: a source's tokens -> the physical slots that the plan gives them.
+
+A pair's *physical slot* is `rank * (M + S) + slot`. For each expert the plan tells how many of
+this rank's pairs go to each holder; pairs of one expert are given out in token order. Pairs of one
+(expert, holder) therefore stay together, as a *chunk*, and placing tokens means reordering chunks:
+no sort over tokens is needed.
+
+    list_pairs     routing map -> pairs by expert       needs no plan: runs while counts travel
+    order_chunks   plan -> chunks by slot               on the host
+    place_tokens   pairs, chunks -> order of sending
+    gather_rows    tokens -> rows in that order, and sum_rows back
+
+On GPUs these are Triton kernels, on CPUs torch operators.
+"""
+
+from megatron_llep.placement.chunks import order_chunks
+from megatron_llep.placement.rows import gather_rows, sum_rows
+from megatron_llep.placement.tokens import Pairs, Placement, list_pairs, place_tokens
+
+__all__ = [
+    "Pairs",
+    "Placement",
+    "gather_rows",
+    "list_pairs",
+    "order_chunks",
+    "place_tokens",
+    "sum_rows",
+]

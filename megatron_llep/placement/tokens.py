@@ -1,0 +1,79 @@
+"""Which (token, expert) pair goes where in the order of sending: torch's version, for the CPU.
+
+Letters: T tokens of this rank, E experts, N (token, expert) pairs of this rank, C chunks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """One rank's (token, expert) pairs, before any plan: by expert, then by token."""
+
+    pair_index: torch.Tensor
+    """int64 [N]: position of the pair in the flattened routing map [T, E]."""
+    by_token: torch.Tensor | None = None
+    """int32 [N]: place of the pair when they are ordered by token, then expert. GPU only."""
+    token_ends: torch.Tensor | None = None
+    """int32 [T]: where each token's pairs end in that order. GPU only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """The order in which one rank sends its (token, expert) pairs: by slot, then by token."""
+
+    token_index: torch.Tensor
+    """int64 [N]: row of the pair's token in the hidden states [T, H]."""
+    pair_index: torch.Tensor
+    """int64 [N]: position of the pair in the flattened routing map [T, E]."""
+    rows_by_token: torch.Tensor | None = None
+    """int32 [N]: where each pair is sent, ordered by token, then expert. GPU only."""
+    token_ends: torch.Tensor | None = None
+    """int32 [T]: where each token's pairs end in `rows_by_token`. GPU only."""
+
+
+def list_pairs(routing_map: torch.Tensor, size: int) -> Pairs:
+    """List this rank's pairs expert by expert, without a host sync.
+
+    Args:
+        routing_map: bool [T, E], the router's choice.
+        size: N or more; what is listed beyond N has no meaning. If less, the list is cut.
+    """
+    if routing_map.is_cuda:
+        from megatron_llep.placement import kernel
+
+        return kernel.list_pairs(routing_map, size)
+    num_tokens, num_experts = routing_map.shape
+    # Transposed, the pairs come expert by expert, in token order within each.
+    by_expert = routing_map.T.reshape(-1).nonzero_static(size=size).squeeze(1)
+    expert = by_expert // max(num_tokens, 1)
+    return Pairs(pair_index=(by_expert - expert * num_tokens) * num_experts + expert)
+
+
+def place_tokens(
+    routing_map: torch.Tensor, chunks: np.ndarray, pairs: Pairs | None = None
+) -> Placement:
+    """Order this rank's (token, expert) pairs by physical slot, without a host sync.
+
+    Args:
+        routing_map: bool [T, E], the router's choice.
+        chunks: int64 [2, C] from `order_chunks`; lengths sum to the pairs in `routing_map`.
+        pairs: from `list_pairs`, if they are listed already.
+    """
+    num_pairs = int(chunks[1].sum())
+    if pairs is None or len(pairs.pair_index) < num_pairs:
+        pairs = list_pairs(routing_map, num_pairs)
+    num_experts = routing_map.shape[1]
+    if routing_map.is_cuda:
+        from megatron_llep.placement import kernel
+
+        return kernel.place_pairs(pairs, chunks, num_experts)
+    first, length = torch.from_numpy(chunks)
+    shift = first - (length.cumsum(0) - length)
+    row = torch.arange(num_pairs)
+    row += shift.repeat_interleave(length, output_size=num_pairs)
+    pair_index = pairs.pair_index.index_select(0, row)
+    return Placement(token_index=pair_index // num_experts, pair_index=pair_index)
