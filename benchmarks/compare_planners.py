@@ -24,7 +24,7 @@ from megatron_llep.machine import describe_machine
 from megatron_llep.planner import Plan, imbalance_of, lp_quota, make_plan, plan_from_quota, solve_lp
 from megatron_llep.planner.topology import Topology
 from megatron_llep.simulator.eplb import place_replicas, spread_evenly
-from megatron_llep.traffic import count_traffic
+from megatron_llep.traffic import count_tokens
 from megatron_llep.workloads import WORKLOADS, Workload, make_counts
 
 RESULTS = Path(__file__).parent / "results" / "planners.json"
@@ -171,7 +171,7 @@ def _measure_seed(counts: np.ndarray, recent: np.ndarray) -> dict[str, dict[str,
 
 
 def _describe(plan: Plan, counts: np.ndarray, seconds: float) -> dict[str, float]:
-    tokens = count_traffic(plan, counts, Topology()).tokens[:, 0].sum()
+    tokens = count_tokens(plan, counts, Topology())[:, 0].sum()
     return {
         "imbalance": plan.imbalance_after,
         "moved": len(plan.transfers),

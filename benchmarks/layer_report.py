@@ -11,7 +11,7 @@ from layer_ranks import BALANCED, LIMIT, PLAIN, Found, Job
 from megatron_llep.cost_model import EXCHANGES, LayerCost
 from megatron_llep.planner import Plan, make_plan
 from megatron_llep.planner.topology import ONE_NODE
-from megatron_llep.traffic import count_traffic
+from megatron_llep.traffic import count_tokens
 from megatron_llep.workloads import get_workload, make_counts
 
 
@@ -181,10 +181,10 @@ def _compare(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _count_bytes(plan: Plan, counts, cost: LayerCost) -> Mapping[str, int]:
-    traffic, shape = count_traffic(plan, counts, ONE_NODE), cost.shape
+    tokens, shape = count_tokens(plan, counts, ONE_NODE), cost.shape
     lent = len(plan.transfers)
     return {
-        "token_bytes": int(traffic.tokens[0, 0].sum()) * shape.token_bytes * EXCHANGES,
+        "token_bytes": int(tokens[0, 0].sum()) * shape.token_bytes * EXCHANGES,
         "lent_bytes": lent * shape.expert_bytes * (1 + shape.refetch),
         "returned_bytes": lent * shape.gradient_bytes,
         "lent_experts": lent,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_llep.fan_out import SCATTER_FROM
 from megatron_llep.planner import ORDERS, PLANNERS
 
 FOREIGN_WEIGHTS = ("keep", "refetch")
@@ -83,6 +84,12 @@ class LLEPConfig:
     of SequentialMLP, which run one after another, in torch's grouped GEMMs instead: for many small
     experts where there is no Transformer Engine."""
 
+    scatter_from: int = SCATTER_FROM
+    """An expert that so many ranks borrow, or more, is sent in shards that they exchange with each
+    other, and its gradients come home the same way: its home's link then carries it once instead of
+    once per borrower, at the price of a second exchange. Fewer bytes one after another from 2 on;
+    2 for large experts or slow links. 0: each borrower is sent all of it."""
+
     def __post_init__(self) -> None:
         """Reject values that no model could use.
 
@@ -146,6 +153,12 @@ class LLEPConfig:
             "--moe-llep-max-foreign-experts",
             self.max_foreign_experts,
             "give a number of experts, 0 or more, or leave it out",
+        )
+        _require(
+            self.scatter_from == 0 or self.scatter_from >= 2,
+            "--moe-llep-scatter-from",
+            self.scatter_from,
+            "give a number of borrowers, 2 or more, or 0 to send experts whole",
         )
 
 

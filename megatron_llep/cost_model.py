@@ -11,8 +11,9 @@ backward), so each counts with its slowest rank, and they add up:
   FLOPs a token, and every slot in use costs h tokens and a fixed overhead more.
 - exchange: pairs are copied into order at both ends, and those of other ranks cross the links.
 - lending and return: experts, and their gradients, are copied at both ends and cross the same links
-  beside a token exchange. Running both at once saves time where one uses what the other leaves
-  free, such as the other direction of a link; `overlap` is the share of that which is saved.
+  beside a token exchange; in two exchanges, one after the other, if some go in shards. Running them
+  at once with tokens saves time where one uses what the other leaves free, such as the other
+  direction of a link; `overlap` is the share of that which is saved.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_llep.traffic import count_traffic
+from megatron_llep.fan_out import SCATTER_FROM
+from megatron_llep.traffic import Traffic, count_lending, count_tokens
 
 if TYPE_CHECKING:  # the planners import this module
     from megatron_llep.planner.plan import Plan
@@ -55,6 +57,8 @@ class LayerShape:
     """Of the weight gradients that return."""
     refetch: bool = False
     """Lent weights are sent a second time, in backward."""
+    scatter_from: int = SCATTER_FROM
+    """Borrowers from which on a lent expert goes in shards; 0: none does."""
 
     @property
     def expert_weights(self) -> int:
@@ -165,20 +169,19 @@ class CostModel:
             shape: of the layer.
             topology: which ranks share a node.
         """
-        traffic = count_traffic(plan, counts, topology)
-        tokens = self._busy_seconds(traffic.tokens, shape.token_bytes)
+        pairs = count_tokens(plan, counts, topology)
+        tokens = self._busy_seconds(pairs, shape.token_bytes)
         load = plan.load_per_rank_after
         copied = self._copy_seconds(counts.sum(axis=1) + load, shape.token_bytes)
         exchange = float((copied + tokens.max(axis=(0, 1))).max())
-        exchange += self._start_seconds(traffic.tokens > 0)
+        exchange += self._start_seconds(pairs > 0)
         lending = returning = planning = 0.0
         if not plan.is_fallback:
-            alone, hidden = self._time_transfers(traffic.experts, shape.expert_bytes, tokens)
-            lending = alone - hidden
-            if shape.refetch:  # again, with nothing beside it
-                lending += alone
-            alone, hidden = self._time_transfers(traffic.experts, shape.gradient_bytes, tokens)
-            returning = alone - hidden
+            traffic = count_lending(plan, shape.expert_weights, shape.scatter_from, topology)
+            lending = self._time_transfers(traffic, shape.bytes_per_element, tokens)
+            if shape.refetch:  # again, beside the backward of combine
+                lending *= 2
+            returning = self._time_transfers(traffic, shape.bytes_per_gradient, tokens)
             planning = self.planning_seconds
         return LayerTime(
             compute=self.predict_compute(load, (plan.quota > 0).sum(axis=0), shape),
@@ -226,17 +229,21 @@ class CostModel:
         return max(n * link.latency_seconds for n, link in zip(most, links, strict=True))
 
     def _time_transfers(
-        self, experts: np.ndarray, size: float, tokens: np.ndarray
-    ) -> tuple[float, float]:
-        """Seconds to send experts [L, 2, P] of `size` bytes, and how many of these are saved.
+        self, traffic: tuple[Traffic, ...], size: float, tokens: np.ndarray
+    ) -> float:
+        """Seconds of exchanges of numbers of `size` bytes, one after another, that are not hidden.
 
-        What is saved: they go while tokens keep the links busy for `tokens` [L, 2, P] seconds.
+        What may be hidden: they go while tokens keep the links busy for `tokens` [L, 2, P] seconds.
         """
-        busy = self._busy_seconds(experts, size)
-        crossing = float(busy.max())
-        saved = crossing + float(tokens.max()) - float((busy + tokens).max())
-        copied = float(self._copy_seconds(experts.sum(axis=(0, 1)), size).max())
-        return self._start_seconds(experts) + copied + crossing, self.overlap * saved
+        busy = [self._busy_seconds(each.numbers, size) for each in traffic]
+        crossing = sum(float(each.max()) for each in busy)
+        together = max(crossing, float((sum(busy) + tokens).max()))
+        saved = crossing + float(tokens.max()) - together
+        seconds = crossing - self.overlap * saved
+        for each in traffic:
+            copied = self._copy_seconds(each.numbers.sum(axis=(0, 1)), size)
+            seconds += self._start_seconds(each.messages) + float(copied.max())
+        return seconds
 
     def digest(self) -> str:
         """Short hash of all numbers: equal on ranks whose models are equal."""

@@ -30,5 +30,6 @@ def get_layer_cost(config: TransformerConfig, llep: LLEPConfig) -> LayerCost | N
         bytes_per_element=weights.itemsize,
         bytes_per_gradient=gradients.itemsize,
         refetch=refetch,
+        scatter_from=llep.scatter_from,
     )
     return LayerCost(model=get_cost_model(llep.cost_model), shape=shape)

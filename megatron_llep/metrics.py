@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import (
     MetricEntry,
     MoEMetricsTracker,
@@ -30,6 +31,9 @@ class Metric:
     help: str
     across_layers: Callable[[np.ndarray], np.floating]
 
+
+LINK_METRIC = "lent_link_mib"
+"""Not known with the plan: measured at each exchange, of forward and backward."""
 
 METRICS = (
     Metric(
@@ -63,6 +67,12 @@ METRICS = (
         across_layers=np.sum,
     ),
     Metric(
+        name=LINK_METRIC,
+        help="most that one rank sent, or received, of lent weights and their gradients, MiB; sum "
+        "over layers",
+        across_layers=np.sum,
+    ),
+    Metric(
         name="foreign_mib",
         help="most foreign weights alive at once on this rank, MiB, all layers and micro-batches",
         across_layers=np.max,
@@ -84,11 +94,22 @@ class LLEPMetricsTracker(MoEMetricsTracker):
         super().__init__()
         self._metrics = metrics or {}
         self._sums: dict[int, np.ndarray] = {}  # layer -> [1 + K], the number of plans first
+        # Layer -> [2] bytes that this rank sent and received for lent experts.
+        self._exchanged: dict[int, np.ndarray] = {}
+        self._lending_group: dist.ProcessGroup | None = None
 
     def record_layer(self, layer: int, values: dict[str, float]) -> None:
         """Add one plan's metrics; `layer` counts from 0 over the whole model."""
+        values = {LINK_METRIC: 0.0, **values}
         row = np.array([1.0, *(values[metric.name] for metric in METRICS)])
         self._sums[layer] = self._sums.get(layer, 0) + row
+
+    def record_exchange(
+        self, layer: int, sent: int, received: int, group: dist.ProcessGroup
+    ) -> None:
+        """Add the bytes of one exchange of lent experts among the ranks of the group."""
+        self._exchanged[layer] = self._exchanged.get(layer, 0) + np.array([sent, received])
+        self._lending_group = group
 
     def report(self, loss_scale, iteration, writer=None, wandb_writer=None, **kwargs) -> str:
         """Report Megatron's metrics, then LLEP's; every rank must call it, as it reduces."""
@@ -115,14 +136,26 @@ class LLEPMetricsTracker(MoEMetricsTracker):
         """Forget all values, as Megatron does after evaluation."""
         super().clear()
         self._sums.clear()
+        self._exchanged.clear()
 
     def _reduce(self, num_layers: int, pg_collection) -> np.ndarray:
-        """[1 + K, L] sums over this rank's pipeline, averaged over data-parallel ranks."""
+        """[1 + K, L] sums over this rank's pipeline, averaged over data-parallel ranks.
+
+        Of the bytes of lent experts, which differ between the ranks that share tokens, those of the
+        busiest.
+        """
         table = torch.zeros(1 + len(METRICS), num_layers)
         for layer, row in self._sums.items():
             table[:, layer] = torch.from_numpy(row)
+        link = 1 + [metric.name for metric in METRICS].index(LINK_METRIC)
+        for layer, ways in self._exchanged.items():
+            table[link, layer] = float(ways.max()) / 2**20
         if torch.cuda.is_available():
             table = table.cuda()
+        if self._exchanged:  # on all ranks of the group or on none
+            busiest = table[link].contiguous()
+            dist.all_reduce(busiest, op=dist.ReduceOp.MAX, group=self._lending_group)
+            table[link] = busiest
         self._metrics["llep"] = MetricEntry(values=table)
         self._sync_metrics(["llep"], pg_collection)
         del self._metrics["llep"]
@@ -176,3 +209,28 @@ def record_plan(
         "plan_ms": plan_seconds * 1e3,
     }
     tracker.record_layer(layer_number - 1 + is_mtp_layer * config.num_layers, values)
+
+
+def record_exchange(
+    sent: int,
+    received: int,
+    *,
+    layer_number: int,
+    is_mtp_layer: bool,
+    config: TransformerConfig,
+    group: dist.ProcessGroup,
+) -> None:
+    """Record one exchange of lent experts, or of their gradients, if our tracker is in place.
+
+    Args:
+        sent: bytes that this rank sends to others.
+        received: bytes that it gets from others.
+        layer_number: as for `record_plan`.
+        is_mtp_layer: likewise.
+        config: of the model.
+        group: the ranks that take part.
+    """
+    tracker = get_moe_metrics_tracker()
+    if isinstance(tracker, LLEPMetricsTracker):
+        layer = layer_number - 1 + is_mtp_layer * config.num_layers
+        tracker.record_exchange(layer, sent, received, group)

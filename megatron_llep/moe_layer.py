@@ -14,8 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.experts import GroupedMM, make_lendable
-from megatron_llep.lending import Loan, SharedLending, gate, lend, settle
-from megatron_llep.metrics import record_plan
+from megatron_llep.lending import Loan, SharedLending, gate, lend, recall, relay, settle
+from megatron_llep.metrics import record_exchange, record_plan
+from megatron_llep.ranges import step
 from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
 from megatron_llep.validation import check_config, check_layer
 
@@ -85,7 +86,7 @@ class LLEPMoELayer(MoELayer):
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._experts_are_reduced = pg_collection.expt_dp.size() > 1
-        # Lives between preprocess and expert compute of one forward.
+        # Lives between preprocess and combine of one forward.
         self._loan: Loan | None = None
         self._micro_batches = 0
 
@@ -128,39 +129,63 @@ class LLEPMoELayer(MoELayer):
         decision = self.token_dispatcher.decide(routing_map, trains=self.lendable.trains())
         self._record(decision)
         natives = self.lendable.weights()
+        self._loan = None
         if not decision.plan.is_fallback:
             self.lendable.wait_for_parameters()
             self._loan = Loan(
                 decision.plan,
                 natives,
                 group=self.lending_group,
+                scatter_from=self.llep.scatter_from,
                 grad_dtype=self._grad_dtype(),
                 returns=decision.trains,
                 refetch=self._refetches(),
                 memory=self.shared_lending.memory,
+                stream=self.shared_lending.stream_on(natives[0][0].device),
                 progress=self.shared_lending.progress,
+                note_bytes=self._note_bytes,
             )
             self._loan.start_fetch()
         if self._loan is not None or (self._experts_are_reduced and decision.trains):
             hidden_states = gate(
                 self._loan, natives, hidden_states, hold_all=self._experts_are_reduced
             )
-        return super().preprocess(hidden_states, probs, routing_map)
+        hidden_states, probs = super().preprocess(hidden_states, probs, routing_map)
+        if self._loan is not None:
+            hidden_states = relay(self._loan, hidden_states)
+        return hidden_states, probs
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `MoELayer.dispatch`."""
+        with step("dispatch"):
+            return super().dispatch(hidden_states, probs)
 
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Run native and foreign experts on the tokens that arrived."""
-        loan, self._loan = self._loan, None
+        loan = self._loan
         if loan is None:
-            return super().routed_experts_compute(hidden_states, probs)
+            with step("experts"):
+                return super().routed_experts_compute(hidden_states, probs)
+        loan.continue_fetch()
         hidden_states, tokens_per_slot, probs = self.token_dispatcher.dispatch_postprocess(
             hidden_states, probs
         )
         hidden_states, foreign = lend(loan, hidden_states)
-        output = self.lendable.compute(hidden_states, tokens_per_slot, probs, foreign)
+        with step("experts"):
+            output = self.lendable.compute(hidden_states, tokens_per_slot, probs, foreign)
         output = settle(loan, output)
         return self.token_dispatcher.combine_preprocess(output), None
+
+    def combine(self, output: torch.Tensor) -> torch.Tensor:
+        """As `MoELayer.combine`."""
+        loan, self._loan = self._loan, None
+        with step("combine"):
+            output = super().combine(output)
+        return output if loan is None else recall(loan, output)
 
     def _count_forward(self) -> str:
         """This forward, in words; a recomputed one is not counted again."""
@@ -184,6 +209,16 @@ class LLEPMoELayer(MoELayer):
         in_pipeline = self.config.pipeline_model_parallel_size > 1
         choice = self.llep.foreign_weights or ("refetch" if in_pipeline else "keep")
         return choice == "refetch"
+
+    def _note_bytes(self, sent: int, received: int) -> None:
+        record_exchange(
+            sent,
+            received,
+            layer_number=self.layer_number,
+            is_mtp_layer=self.is_mtp_layer,
+            config=self.config,
+            group=self.lending_group,
+        )
 
     def _record(self, decision: Decision) -> None:
         # Megatron's own rule for router metrics: a recomputed layer then counts once.

@@ -40,6 +40,7 @@ from megatron_llep.planner import (
     sends,
     slot_of_expert,
 )
+from megatron_llep.ranges import step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """This rank's index among the R sources."""
         return self.ep_rank * self.tp_size + self.tp_rank
 
+    @step("count.start")
     def start_count(self, routing_map: torch.Tensor, *, trains: bool = True) -> None:
         """Start gathering all ranks' counts; `decide`, given the same map, waits for them.
 
@@ -126,22 +128,24 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             self.start_count(routing_map, trains=trains)
         assert self._counting is not None
         (table, pairs), self._counting = self._counting, None
-        routed, some_train = table.wait()
+        with step("count.wait"):
+            routed, some_train = table.wait()
 
         start = time.perf_counter()
-        plan, counts = plan_over_replicas(
-            routed,
-            num_replicas=self.num_replicas,
-            num_ranks=self.ep_size,
-            planner=self.llep.planner,
-            max_foreign=self.llep.max_foreign_experts,
-            capacity_factor=self.llep.capacity_factor,
-            min_tokens_per_gemm=self.llep.min_tokens_per_gemm,
-            imbalance_threshold=self.llep.imbalance_threshold,
-            tolerance=self.llep.tolerance,
-            topology=self.topology,
-            cost=self.cost,
-        )
+        with step("plan"):
+            plan, counts = plan_over_replicas(
+                routed,
+                num_replicas=self.num_replicas,
+                num_ranks=self.ep_size,
+                planner=self.llep.planner,
+                max_foreign=self.llep.max_foreign_experts,
+                capacity_factor=self.llep.capacity_factor,
+                min_tokens_per_gemm=self.llep.min_tokens_per_gemm,
+                imbalance_threshold=self.llep.imbalance_threshold,
+                tolerance=self.llep.tolerance,
+                topology=self.topology,
+                cost=self.cost,
+            )
         self.decision = Decision(
             routing_map=routing_map,
             pairs=pairs,
@@ -153,6 +157,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         )
         return self.decision
 
+    @step("place")
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

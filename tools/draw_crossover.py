@@ -108,8 +108,10 @@ def draw_panel(axes: Any, title: str, points: list[Point], advance: Any) -> None
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2 if title != "hidden size" else 10)
     axes.set_yscale("log")
-    axes.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
-    axes.set_ylim(0.25, 16)
+    top = 8 if title == "ranks (EP size)" else 5
+    ticks = [2.0**power for power in range(-1, top)]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_ylim(0.25, 2.0 ** (top - 1))
     axes.minorticks_off()
     ticks = [point[0] for point in points]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45, fontsize=8)

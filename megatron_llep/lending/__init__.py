@@ -4,8 +4,9 @@ Foreign weights are plain tensors in one flat buffer a layer and micro-batch: ou
 optimizer, DDP and checkpoints.
 """
 
-from megatron_llep.lending.loan import Loan, Weights
-from megatron_llep.lending.nodes import gate, lend, settle
+from megatron_llep.lending.loan import Loan
+from megatron_llep.lending.nodes import gate, lend, recall, relay, settle
+from megatron_llep.lending.packing import Weights
 from megatron_llep.lending.shared import SharedLending
 
-__all__ = ["Loan", "SharedLending", "Weights", "gate", "lend", "settle"]
+__all__ = ["Loan", "SharedLending", "Weights", "gate", "lend", "recall", "relay", "settle"]

@@ -4,14 +4,18 @@ Letters: F foreign experts of this rank.
 
     Gate      on the layer's input; native weights are inputs too, so the engine keeps their
               gradient hooks (and with them the data-parallel reduction) until Gate has run
+    Relay     on the tokens about to be dispatched
     Lend      on the dispatched tokens; hands out the foreign weights
     (experts)
     Settle    on the experts' output
+    Recall    on the combined output
 
-    backward:  Settle fetches freed weights again -> experts -> Lend starts the return -> dispatch
+    backward:  Recall starts to fetch freed weights again -> combine -> Settle waits for them
+               -> experts -> Lend starts the return -> dispatch -> Relay starts its second exchange
                -> Gate waits for it and adds it
 
-Every rank runs all of them, whether or not it lends or borrows.
+Every rank runs all of them, whether or not it lends or borrows. (Relay only if the plan lends an
+expert in shards, Recall only if weights are freed.)
 """
 
 from collections.abc import Sequence
@@ -41,16 +45,26 @@ def gate(
         return hidden
     held: Sequence[int] = range(len(natives))
     if not hold_all:
-        held = sorted(set(loan.route.lent)) if loan is not None else ()
+        held = loan.route.lent if loan is not None else ()
     weights = [weight for expert in held for weight in natives[expert]]
     # The anchor keeps the node in the graph of a rank on which nothing else needs a gradient.
     anchor = torch.empty(0, device=hidden.device, requires_grad=True)
     return _Gate.apply(loan, held, hidden, anchor, *weights)
 
 
+def relay(loan: Loan, hidden: torch.Tensor) -> torch.Tensor:
+    """Pass tokens that are about to be dispatched; in backward, start a second exchange.
+
+    It starts after dispatch's own, so that it does not keep that from starting.
+    """
+    if not (loan.returns and torch.is_grad_enabled() and len(loan.route.exchanges) > 1):
+        return hidden
+    return _Relay.apply(loan, hidden)
+
+
 def lend(loan: Loan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Weights]]:
     """Pass the dispatched tokens and hand out the F foreign experts' weights."""
-    loan.finish()
+    loan.finish_fetch()
     if not (loan.returns and torch.is_grad_enabled()):
         return hidden, loan.hand_out()
     hidden, *flat = _Lend.apply(loan, hidden)
@@ -64,6 +78,13 @@ def settle(loan: Loan, output: torch.Tensor) -> torch.Tensor:
         loan.free_weights()
         return output
     return _Settle.apply(loan, output)
+
+
+def recall(loan: Loan, output: torch.Tensor) -> torch.Tensor:
+    """Pass the combined output; in backward, start to fetch weights that were freed."""
+    if not (loan.refetch and torch.is_grad_enabled() and output.requires_grad):
+        return output
+    return _Recall.apply(loan, output)
 
 
 class _Gate(torch.autograd.Function):
@@ -82,19 +103,31 @@ class _Gate(torch.autograd.Function):
         grads: dict[int, list[torch.Tensor | None]] = {
             expert: [None] * loan.tensors_per_expert for expert in ctx.held
         }
-        # By borrower, then expert: a fixed order of summation.
-        for native, returned in loan.finish_return():
-            for i, (weight, grad) in enumerate(zip(loan.natives[native], returned, strict=True)):
-                main_grad = getattr(weight, "main_grad", None)
-                if not weight.requires_grad:
-                    continue
-                if main_grad is not None:
-                    main_grad.add_(grad)
-                    continue
-                known = grads[native][i]
-                grads[native][i] = grad if known is None else known.add_(grad)
+        # In a fixed order.
+        for native, i, numbers, grad in loan.finish_return():
+            weight = loan.natives[native][i]
+            if not weight.requires_grad:
+                continue
+            total = getattr(weight, "main_grad", None)
+            if total is None:
+                total = grads[native][i]
+            if total is None:
+                total = grads[native][i] = grad.new_zeros(weight.shape)
+            total.view(-1)[numbers].add_(grad)
         flat = (grad for expert in ctx.held for grad in grads[expert])
         return (None, None, grad_hidden, None, *flat)
+
+
+class _Relay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loan: Loan, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.loan = loan
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_hidden):
+        ctx.loan.continue_return()
+        return None, grad_hidden
 
 
 class _Lend(torch.autograd.Function):
@@ -126,8 +159,19 @@ class _Settle(torch.autograd.Function):
     def backward(ctx, grad_output):
         loan: Loan = ctx.loan
         if loan.refetch:
-            loan.start_fetch()
-            loan.finish()
+            loan.finish_fetch()
         if loan.returns:
             loan.open_grads()
+        return None, grad_output
+
+
+class _Recall(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loan: Loan, output: torch.Tensor) -> torch.Tensor:
+        ctx.loan = loan
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        ctx.loan.start_fetch()
         return None, grad_output

@@ -1,15 +1,17 @@
-"""What all layers of a model share: process groups for lending, a count of the memory, progress.
+"""What all layers of a model share: groups and a stream for lending, a count of memory, progress.
 
 Letters: D replicas of every expert, P ranks of one expert-parallel group.
 """
 
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_llep.lending.memory import ForeignMemory
+from megatron_llep.lending.side_stream import SideStream
 from megatron_llep.progress import Progress
 
 
@@ -19,8 +21,15 @@ class SharedLending:
     def __init__(self, progress: Progress | None = None) -> None:
         self.memory = ForeignMemory()
         self.progress = progress or Progress()
+        self._streams: dict[torch.device, SideStream] = {}
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         self._joined: dict[tuple[int, ...], ProcessGroupCollection] = {}
+
+    def stream_on(self, device: torch.device) -> SideStream:
+        """The stream on which the experts of a device travel."""
+        if device not in self._streams:
+            self._streams[device] = SideStream(device)
+        return self._streams[device]
 
     def group_like(self, ep_group: dist.ProcessGroup) -> dist.ProcessGroup:
         """A group of its own with the ranks of `ep_group`, so that weights travel while tokens do.

@@ -25,7 +25,7 @@ from megatron_llep.planner.lp import lp_quota
 from megatron_llep.planner.topology import Topology
 from megatron_llep.simulator.eplb import place_replicas, spread_evenly
 from megatron_llep.simulator.models import ModelShape
-from megatron_llep.traffic import count_traffic
+from megatron_llep.traffic import count_tokens
 
 METHODS = ("plain", "lla", "exact", "tolerant", "auto", "eplb", "eplb+lp", "optimum")
 """plain: expert parallelism without lending. eplb: replicas placed by recent loads, tokens spread
@@ -233,7 +233,7 @@ class _Placement:
 
 def _token_gigabytes(case: Case, plan: Plan, counts: np.ndarray) -> float:
     """All pairs that cross a link, in all exchanges of a layer."""
-    sent = count_traffic(plan, counts, case.topology).tokens[:, 0].sum()
+    sent = count_tokens(plan, counts, case.topology)[:, 0].sum()
     return float(sent) * EXCHANGES * case.model.layer.token_bytes / 1e9
 
 

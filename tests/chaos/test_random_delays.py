@@ -81,6 +81,7 @@ def make_draw(number: int) -> Draw:
             token_assignment=draw.choice(("local_first", "rank_order")),
             foreign_weights=draw.choice((None, "keep", "refetch")),
             max_foreign_experts=draw.choice((None, None, 1, 2)),
+            scatter_from=draw.choice((2, 3, 0)),
         ),
     )
 

@@ -15,7 +15,7 @@ from megatron_llep.cost_presets import PRESETS, get_cost_model
 from megatron_llep.planner import make_plan, receives, sends
 from megatron_llep.planner.plan import plan_from_quota
 from megatron_llep.planner.topology import ONE_NODE, Topology
-from megatron_llep.traffic import count_traffic
+from megatron_llep.traffic import count_lending, count_tokens
 from planner.planner_routings import KINDS, REPRODUCIBLE, make_counts
 
 SHAPE = LayerShape(hidden=8, ffn_hidden=16, num_experts=4, top_k=1)
@@ -104,23 +104,25 @@ def test_traffic_is_what_the_ranks_send(kind, nodes, per_node, M, planner, seed)
     topology = Topology(ranks_per_node=per_node)
     options = {"imbalance_threshold": 0.0, "min_tokens_per_gemm": 0}
     plan = make_plan(counts, planner=planner, topology=topology, **options)
-    traffic = count_traffic(plan, counts, topology)
+    traffic = count_tokens(plan, counts, topology)
     sent = [sends(plan, counts, r, topology=topology).sum(axis=0) for r in range(P)]
     matrix = np.stack(sent)  # [P, P]
     np.fill_diagonal(matrix, 0)
-    tokens, experts = traffic.tokens.sum(axis=0), traffic.experts.sum(axis=0)
+    tokens = traffic.sum(axis=0)
+    (lent,) = count_lending(plan, 10, 0, topology)
     assert np.allclose(tokens[0], matrix.sum(axis=1))
     assert np.allclose(tokens[1], matrix.sum(axis=0))
     received = [receives(plan, counts, r, topology=topology) for r in range(P)]
     assert np.allclose(tokens[1], [part.sum() - part[r].sum() for r, part in enumerate(received)])
-    assert experts.sum(axis=1).tolist() == [len(plan.transfers)] * 2
+    assert lent.messages.sum(axis=(0, 2)).tolist() == [len(plan.transfers)] * 2
+    assert (lent.numbers == 10 * lent.messages).all()
     if nodes > 1:
         node = np.arange(P) // per_node
         together = node[:, None] == node
-        assert np.isclose(traffic.tokens[0, 0].sum(), matrix[together].sum())
-        assert np.isclose(traffic.tokens[1, 1].sum(), matrix[~together].sum())
+        assert np.isclose(traffic[0, 0].sum(), matrix[together].sum())
+        assert np.isclose(traffic[1, 1].sum(), matrix[~together].sum())
         _, home, borrower = plan.transfers.T
-        assert traffic.experts[1, 0].sum() == (node[home] != node[borrower]).sum()
+        assert lent.messages[1, 0].sum() == (node[home] != node[borrower]).sum()
 
 
 def test_break_even_of_the_design():

@@ -25,6 +25,7 @@ FLAGS = [
     "--moe-llep-foreign-weights",
     "--moe-llep-grad-dtype",
     "--moe-llep-expert-gemm",
+    "--moe-llep-scatter-from",
 ]
 
 
@@ -56,6 +57,7 @@ def test_every_flag_is_read():
         *("--moe-llep-max-foreign-experts", "3", "--moe-llep-token-assignment", "rank_order"),
         *("--moe-llep-foreign-weights", "refetch", "--moe-llep-grad-dtype", "param"),
         *("--moe-llep-replicas", "expert-dp", "--moe-llep-expert-gemm", "grouped_mm"),
+        *("--moe-llep-scatter-from", "2"),
     )
     assert given == LLEPConfig(
         planner="lla",
@@ -71,6 +73,7 @@ def test_every_flag_is_read():
         foreign_weights="refetch",
         grad_dtype="param",
         expert_gemm="grouped_mm",
+        scatter_from=2,
     )
 
 
@@ -95,6 +98,8 @@ def test_every_flag_is_read():
         ("imbalance_threshold", -0.5),
         ("imbalance_threshold", math.nan),
         ("max_foreign_experts", -1),
+        ("scatter_from", -1),
+        ("scatter_from", 1),
     ],
 )
 def test_bad_values_name_flag_value_and_remedy(field, value):

@@ -33,6 +33,7 @@ from support.training import Run, build_model, make_config
                 "moe_llep_foreign_weights": None,
                 "moe_llep_grad_dtype": "fp32",
                 "moe_llep_expert_gemm": "megatron",
+                "moe_llep_scatter_from": 3,
             },
             LLEPConfig(planner="lla", min_tokens_per_gemm=5),
         ),

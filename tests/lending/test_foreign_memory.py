@@ -117,15 +117,14 @@ def test_a_wrong_refetch_is_seen():
         run = Run(layout=Layout(ep=2), routing=Routing("hot"))
         plain = train(run)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            finish = Loan.finish
+            finish_fetch = Loan.finish_fetch
 
             def finish_and_spoil(loan):
-                incoming = finish(loan)
-                if torch.is_grad_enabled():  # forward; backward runs without
-                    return incoming
-                return incoming.zero_()
+                finish_fetch(loan)
+                if not torch.is_grad_enabled():  # in backward
+                    loan._weights.zero_()
 
-            monkeypatch.setattr(Loan, "finish", finish_and_spoil)
+            monkeypatch.setattr(Loan, "finish_fetch", finish_and_spoil)
             lending = train_with_llep(run, replace(EAGER, foreign_weights="refetch"))
         try:
             assert_same_run(lending, plain)

@@ -29,6 +29,7 @@ METRICS = (
     "max_tokens_after",
     "lent_experts",
     "lent_mib",
+    "lent_link_mib",
     "fallback_rate",
     "plan_ms",
 )

@@ -1,0 +1,80 @@
+"""Pieces of experts in flat buffers: where they lie, and copies between slots and what travels.
+
+Letters: P ranks, F foreign experts of this rank, W numbers in one expert's weights.
+
+*Slots* are [F * W] numbers, one expert after another. What travels is [n] numbers, one piece after
+another.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from megatron_llep.lending.route import Piece
+
+Weights = tuple[torch.Tensor, ...]
+
+
+def count_numbers(pieces: Iterable[Piece]) -> int:
+    """Numbers in all the pieces."""
+    return sum(piece.stop - piece.start for piece in pieces)
+
+
+def count_by_peer(pieces: Iterable[Piece], num_ranks: int) -> list[int]:
+    """[P] numbers in the pieces of each peer."""
+    sizes = [0] * num_ranks
+    for piece in pieces:
+        sizes[piece.peer] += piece.stop - piece.start
+    return sizes
+
+
+def find_parts(piece: Piece, shapes: Sequence[torch.Size]) -> Iterator[tuple[int, slice]]:
+    """The weights of an expert, by number, that a piece has numbers of, and which of them."""
+    offset = 0
+    for i, shape in enumerate(shapes):
+        start, stop = (min(max(at - offset, 0), shape.numel()) for at in (piece.start, piece.stop))
+        if start < stop:
+            yield i, slice(start, stop)
+        offset += shape.numel()
+
+
+def split_experts(slots: torch.Tensor, shapes: Sequence[torch.Size]) -> list[Weights]:
+    """Cut [n * W] numbers into n experts' tensors, without copying.
+
+    They are tensors over one storage rather than views, so that an autograd node may return them
+    as outputs of their own, and freeing the storage frees them all.
+    """
+    experts = []
+    width = sum(shape.numel() for shape in shapes)
+    for start in range(0, slots.numel(), width):
+        tensors, offset = [], start
+        for shape in shapes:
+            tensors.append(slots.new_empty(0).set_(slots.untyped_storage(), offset, shape))
+            offset += shape.numel()
+        experts.append(tuple(tensors))
+    return experts
+
+
+def split_pieces(flat: torch.Tensor, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:
+    """The pieces of what travels, without copying."""
+    return flat.split([piece.stop - piece.start for piece in pieces])
+
+
+def view_piece(slots: torch.Tensor, piece: Piece, width: int) -> torch.Tensor:
+    """The place of a piece in the slots."""
+    first = piece.expert * width
+    return slots[first + piece.start : first + piece.stop]
+
+
+def pack(slots: torch.Tensor, pieces: Sequence[Piece], outgoing: torch.Tensor, width: int) -> None:
+    """Copy pieces of the slots to what travels, whatever its dtype."""
+    for piece, part in zip(pieces, split_pieces(outgoing, pieces), strict=True):
+        part.copy_(view_piece(slots, piece, width))
+
+
+def unpack(
+    incoming: torch.Tensor, pieces: Sequence[Piece], slots: torch.Tensor, width: int
+) -> None:
+    """Copy what travelled to its places in the slots."""
+    for piece, part in zip(pieces, split_pieces(incoming, pieces), strict=True):
+        view_piece(slots, piece, width).copy_(part)

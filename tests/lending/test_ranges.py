@@ -1,0 +1,74 @@
+"""A profile names LLEP's steps, in the order that hides lending behind the exchange of tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from layer.test_layer_float64 import H, T, build_layer
+from megatron_llep.integration.convert import convert_model
+from support.layout import Layout, use_layout
+from support.llep import EAGER
+from support.ranks import run_ranks
+from support.spread import use_spread_experts
+
+TOKENS_BACK = "_AllToAllBackward"
+"""Megatron's autograd node of a token exchange."""
+
+
+def name_steps(rank, size, llep):
+    """LLEP's ranges, and the backward of token exchanges, in the order in which they begin."""
+    with use_layout(Layout(ep=4)), pytest.MonkeyPatch.context() as monkeypatch:
+        use_spread_experts(monkeypatch)
+        layer = build_layer(Layout(ep=4), rank, 0.0)
+        convert_model([layer], llep)
+        generator = torch.Generator().manual_seed(rank)
+        hidden = torch.rand(T, 1, H, generator=generator, dtype=torch.float64, requires_grad=True)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            output, _ = layer(hidden)
+            output.sum().backward()
+        found = [
+            event
+            for event in profiled.events()
+            if event.name.startswith("llep/") or event.name == TOKENS_BACK
+        ]
+        found.sort(key=lambda event: event.time_range.start)
+        return [event.name.removeprefix("llep/") for event in found]
+
+
+FORWARD = ["count.start", "count.wait", "plan", "lend.start", "place", "dispatch", "lend.next"]
+FORWARD += ["lend.wait", "experts", "combine"]
+
+
+@pytest.mark.parametrize("foreign_weights", ["keep", "refetch"])
+@pytest.mark.parametrize("scatter_from", [0, 2])
+def test_order(foreign_weights, scatter_from):
+    llep = replace(EAGER, foreign_weights=foreign_weights, scatter_from=scatter_from)
+    # A token exchange has two of these nodes: of the tokens and of their probabilities.
+    combine, dispatch = [TOKENS_BACK], [TOKENS_BACK] * 2
+    fetch_again = foreign_weights == "refetch"
+    backward = [
+        *(["lend.start"] if fetch_again else []),
+        *combine,
+        *(["lend.wait"] if fetch_again else []),
+        "return.start",
+        *dispatch,
+        *(["return.next"] if scatter_from else []),
+        "return.wait",
+    ]
+    for steps in run_ranks(name_steps, 4, llep):
+        assert steps[: len(FORWARD)] == FORWARD
+        assert steps[len(FORWARD) :] == backward
+
+
+def test_no_range_without_a_profiler(monkeypatch):
+    monkeypatch.setattr(torch.profiler, "record_function", None)
+
+    def work(rank, size):
+        with use_layout(Layout(ep=2)):
+            layer = build_layer(Layout(ep=2), rank, 1.0)
+            convert_model([layer], EAGER)
+            layer(torch.rand(T, 1, H, dtype=torch.float64))[0].sum().backward()
+
+    run_ranks(work, 2)

@@ -1,0 +1,196 @@
+"""Transfers and the layer on two streams: no memory is used by both without an order.
+
+A CPU has no streams, so this follows the calls instead: every operation is noted with the stream
+on which a GPU would run it, and with what that stream is known to be behind. Two uses of the same
+memory, one of them a write, must be in order; memory is allocated and let go on the main stream.
+"""
+
+import contextlib
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from layer.test_layer_float64 import H, T, build_layer
+from megatron_llep.integration.convert import convert_model
+from megatron_llep.lending import Loan, shared
+from megatron_llep.lending.side_stream import SideStream
+from megatron_llep.lending.transfer import Transfer
+from support.layout import Layout, use_layout
+from support.llep import EAGER
+from support.ranks import run_ranks
+from support.spread import use_spread_experts
+
+MAIN, SIDE, NCCL = "main", "side", "nccl"
+
+
+class Streams:
+    """Three streams, each with a clock, and which clocks of the others each is behind."""
+
+    def __init__(self) -> None:
+        self.current = MAIN
+        self.clock = {stream: {MAIN: 0, SIDE: 0, NCCL: 0} for stream in (MAIN, SIDE, NCCL)}
+        # Storage -> (stream, its clock then, whether it wrote, what it was).
+        self.uses: dict[int, list[tuple[str, int, bool, str]]] = defaultdict(list)
+        self.kept: list[torch.UntypedStorage] = []  # so that no address is used twice
+        self.races: list[str] = []
+
+    def wait(self, waiting: str, other: str) -> None:
+        """All that `waiting` does from now on comes after all that `other` has so far."""
+        for stream, time in self.clock[other].items():
+            self.clock[waiting][stream] = max(self.clock[waiting][stream], time)
+
+    def use(self, tensor: torch.Tensor, writes: bool, what: str, stream: str | None = None) -> None:
+        stream = stream or self.current
+        self.clock[stream][stream] += 1
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == 0:
+            return
+        known = self.clock[stream]
+        earlier = self.uses[storage._cdata]
+        if not earlier:
+            self.kept.append(storage)
+            if stream != MAIN:
+                self.races.append(f"{what} on {stream}: memory was not allocated on main")
+        for other, time, wrote, name in earlier:
+            if other != stream and (writes or wrote) and known[other] < time:
+                self.races.append(f"{what} on {stream} does not wait for {name} on {other}")
+        earlier.append((stream, known[stream], writes, what))
+
+
+class NoteUses(TorchDispatchMode):
+    """Notes what every operation reads and writes."""
+
+    def __init__(self, streams: Streams) -> None:
+        super().__init__()
+        self.streams = streams
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if "alltoall" in name or "allgather" in name:
+            return result  # the exchange itself is noted by its caller
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        writes_first = name.endswith("_") or name == "set_"
+        if name not in ("set_", "detach", "view", "slice", "split", "_unsafe_view", "expand"):
+            for i, tensor in enumerate(tensors):
+                self.streams.use(tensor, writes_first and i == 0, name)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not any(
+                tensor.untyped_storage()._cdata == x.untyped_storage()._cdata for x in tensors
+            ):
+                self.streams.use(tensor, True, name)
+        return result
+
+
+class NotedStream(SideStream):
+    """A side stream that only notes what waits for what."""
+
+    streams: Streams
+    begins_in_order = True
+    joins = True
+
+    @contextlib.contextmanager
+    def begin(self):
+        if self.begins_in_order:
+            self.streams.wait(SIDE, MAIN)
+        with self.resume():
+            yield
+
+    @contextlib.contextmanager
+    def resume(self):
+        self.streams.current = SIDE
+        yield
+        self.streams.current = MAIN
+
+    def join(self):
+        if self.joins:
+            self.streams.wait(MAIN, SIDE)
+
+
+class NotedWork:
+    """An exchange on NCCL's stream: behind the current stream at the call."""
+
+    def __init__(self, streams, work):
+        self.streams, self.work = streams, work
+
+    def wait(self):
+        self.work.wait()
+        self.streams.wait(self.streams.current, NCCL)
+
+
+def find_races(rank, size, llep, broken):
+    streams = Streams()
+    exchange = dist.all_to_all_single
+
+    def note_exchange(incoming, outgoing, *args, **kwargs):
+        work = exchange(incoming, outgoing, *args, **kwargs)
+        if work is None:  # Megatron's own, of tokens
+            return None
+        streams.wait(NCCL, streams.current)
+        streams.use(outgoing, False, "exchange", NCCL)
+        streams.use(incoming, True, "exchange", NCCL)
+        return NotedWork(streams, work)
+
+    def note_finish(transfer):
+        buffers = transfer._buffers
+        finish(transfer)
+        for buffer in buffers:
+            streams.use(buffer, True, "let go")
+
+    def note_free(flat):
+        streams.use(flat, True, "free")
+        flat.untyped_storage().resize_(0)
+
+    finish = Transfer.finish
+
+    class Stream(NotedStream):
+        begins_in_order = broken != "begin"
+        joins = broken != "join"
+
+    Stream.streams = streams
+    with use_layout(Layout(ep=4)), pytest.MonkeyPatch.context() as monkeypatch:
+        use_spread_experts(monkeypatch)
+        monkeypatch.setattr(shared, "SideStream", Stream)
+        monkeypatch.setattr(Transfer, "finish", note_finish)
+        monkeypatch.setattr(Loan, "_free", staticmethod(note_free))
+        layer = build_layer(Layout(ep=4), rank, 0.0)
+        convert_model([layer], llep)
+        monkeypatch.setattr(dist, "all_to_all_single", note_exchange)
+        for parameter in layer.parameters():
+            streams.use(parameter, True, "initialize")
+        generator = torch.Generator().manual_seed(rank)
+        with NoteUses(streams):
+            for _ in range(2):
+                hidden = torch.rand(T, 1, H, generator=generator, dtype=torch.float64)
+                output, _ = layer(hidden.requires_grad_())
+                output.sum().backward()
+                with torch.no_grad():
+                    for parameter in layer.parameters():
+                        parameter.sub_(parameter.grad)
+    beside = sum(use[0] != MAIN for uses in streams.uses.values() for use in uses)
+    return streams.races, beside
+
+
+SETTINGS = [
+    {"scatter_from": scatter_from, "foreign_weights": foreign_weights}
+    for scatter_from in (0, 2)
+    for foreign_weights in ("keep", "refetch")
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_no_race(settings):
+    for races, beside in run_ranks(find_races, 4, replace(EAGER, **settings), None):
+        assert races == []
+        assert beside > 0
+
+
+@pytest.mark.parametrize("broken", ["begin", "join"])
+def test_a_missing_wait_is_seen(broken):
+    llep = replace(EAGER, scatter_from=2)
+    assert any(races for races, _ in run_ranks(find_races, 4, llep, broken))
