@@ -5,13 +5,15 @@
     python tools/gpu_check.py --device cpu --quick     (a trial run, where no GPU is)
 
 correctness    real Megatron with LLEP against plain Megatron: losses and every gradient
+placement      the Triton kernels that order tokens, against torch's operators
 kernels        the tests that need a GPU: pytest -m gpu
 critical-path  for the paper's models and workloads, the worst rank's expert work under plain EP and
                each planner, ranks run one after another on one GPU
 memory         peak memory of that work, against balanced routing
 
-The last two need torch, numpy and this repository alone. Says what is missing, runs what can be
-run, and writes JSON. Exit code: 0 if no section failed, 1 if one did, 2 for unusable options.
+Placement and the last two need torch, numpy and this repository alone. Says what is missing, runs
+what can be run, and writes JSON. Exit code: 0 if no section failed, 1 if one did, 2 for unusable
+options.
 """
 
 import argparse
@@ -41,6 +43,7 @@ from gpu_checks.paths import (  # noqa: E402
     measure_paths,
     shrink,
 )
+from gpu_checks.placement import check_placement  # noqa: E402
 from gpu_checks.section import Section, format_summary, run_section  # noqa: E402
 
 from megatron_llep.cost_presets import get_cost_model  # noqa: E402
@@ -48,7 +51,7 @@ from megatron_llep.machine import describe_machine  # noqa: E402
 from megatron_llep.simulator.models import MODELS, ModelShape  # noqa: E402
 from megatron_llep.workloads import PAPER_GRID, get_workload  # noqa: E402
 
-SECTIONS = ("correctness", "kernels", "critical-path", "memory")
+SECTIONS = ("correctness", "placement", "kernels", "critical-path", "memory")
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_check.json"
 
 
@@ -194,6 +197,8 @@ def run_sections(args: argparse.Namespace, job: PathJob) -> list[Section]:
                 lambda: check_correctness(ep_sizes=ep_sizes, device=args.device, quick=args.quick),
             )
         )
+    if "placement" in wanted:
+        sections.append(run_section("placement", lambda: check_placement(device=args.device)))
     if "kernels" in wanted:
         sections.append(
             run_section(

@@ -29,6 +29,7 @@ from gpu_checks.critical_path import Row  # noqa: E402
 from gpu_checks.experts import Slab, run_grouped_mm  # noqa: E402
 from gpu_checks.kernels import judge_pytest  # noqa: E402
 from gpu_checks.lending_run import Outcome  # noqa: E402
+from gpu_checks.placement import judge_placement  # noqa: E402
 from gpu_checks.section import Section, format_summary  # noqa: E402
 from gpu_checks.stopwatch import estimate_bytes, run_once  # noqa: E402
 from gpu_checks.te_experts import TransformerEngineExperts  # noqa: E402
@@ -307,6 +308,16 @@ def test_the_verdict_on_the_gpu_tests():
     assert failed.reason == "1 failed, 2 passed in 2.00s"
 
 
+@pytest.mark.parametrize(
+    ("equal", "error", "state"),
+    [(True, 1e-3, "passed"), (False, 1e-3, "FAILED"), (True, 1e-2, "FAILED")],
+)
+def test_the_verdict_on_placement(equal, error, state, capsys):
+    found = {"cases": 5, "equal": equal, "worst_sum_error": error}
+    assert judge_placement(found | {"milliseconds": {"list_pairs": 0.125}}).state == state
+    assert "0.125 ms" in capsys.readouterr().out
+
+
 def test_a_section_that_breaks_fails_and_the_others_run(monkeypatch, capsys, tmp_path):
     def break_down(**_):
         raise RuntimeError("no such luck")
@@ -372,12 +383,15 @@ def test_a_trial_run_of_the_whole(tmp_path):
     sections = {section["name"]: section for section in found["sections"]}
     assert {name: section["state"] for name, section in sections.items()} == {
         "correctness": "passed",
+        "placement": "skipped",
         "kernels": "skipped",
         "critical path": "not judged",
         "memory": "skipped",
     }
     comparisons = sections["correctness"]["data"]["ep2"]["comparisons"]
-    assert [c["what"].split(",")[1].strip() for c in comparisons] == ["float32", "bfloat16"]
+    assert [c["what"].split(",")[1].strip() for c in comparisons] == [
+        *("float32", "bfloat16", "bfloat16"),
+    ]
     assert all(c["lent"] > 0 for c in comparisons)
     rows = {(r["workload"], r["method"]): r for r in sections["critical path"]["data"]["rows"]}
     assert set(rows) == {

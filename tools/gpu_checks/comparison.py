@@ -25,7 +25,11 @@ def compare_all(job: RankJob, device: torch.device) -> list[Comparison]:
                 in_fp32 = replace(kind, dtype=torch.float32)
                 exact = run_model(size, in_fp32, workload, None, device)
             for planner in job.planners:
-                llep = LLEPConfig(planner=planner, min_tokens_per_gemm=1)
+                llep = LLEPConfig(
+                    planner=planner,
+                    min_tokens_per_gemm=1,
+                    expert_gemm="grouped_mm" if kind.grouped_mm else "megatron",
+                )
                 lending = run_model(size, kind, workload, llep, device)
                 what = f"{_describe(kind)}, {workload}, {planner}"
                 found.append(compare(what, lending, plain, exact))
@@ -33,8 +37,10 @@ def compare_all(job: RankJob, device: torch.device) -> list[Comparison]:
 
 
 def list_kinds(job: RankJob) -> list[Kind]:
-    """fp32 and bf16 on Megatron's local layers; bf16 on Transformer Engine's where LLEP can."""
+    """fp32 and bf16 on Megatron's local layers; bf16 in grouped GEMMs, of torch's and TE's."""
     kinds = [Kind(dtype=torch.float32), Kind(dtype=torch.bfloat16)]
+    if hasattr(torch.nn.functional, "grouped_mm"):
+        kinds.append(Kind(dtype=torch.bfloat16, grouped_mm=True))
     if job.transformer_engine and any(kind.module_type is TEGroupedMLP for kind in LENDABLE):
         kinds.append(Kind(dtype=torch.bfloat16, transformer_engine=True))
     return kinds
@@ -84,4 +90,6 @@ def _ratio(lending: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> f
 
 def _describe(kind: Kind) -> str:
     layers = "Transformer Engine" if kind.transformer_engine else "local layers"
+    if kind.grouped_mm:
+        layers += " with grouped_mm"
     return f"{layers}, {str(kind.dtype).removeprefix('torch.')}"

@@ -54,6 +54,8 @@ class Kind:
     dtype: torch.dtype
     transformer_engine: bool = False
     """Transformer Engine's layers and grouped experts, instead of Megatron's local ones."""
+    grouped_mm: bool = False
+    """LLEP computes the local experts in torch's grouped GEMMs; plain Megatron never does."""
 
 
 @dataclass(frozen=True, kw_only=True)
