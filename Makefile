@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := train,wandb,plot,dev
 
+TE_VENV := .venv-te
+TE_READY := $(TE_VENV)/.ready
+
 # Layout of the demo: make demo TP=2 PP=2 EP=2
 TP ?= 1
 PP ?= 1
@@ -16,7 +19,7 @@ EP ?= 2
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup bench demo gpu-check test test-long lint format clean
+.PHONY: help setup bench demo gpu-check test test-long test-te lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +46,15 @@ test: $(READY) ## the tests, under 20 minutes on 2 cores
 test-long: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+$(TE_READY): pyproject.toml constraints.txt constraints-te.txt tools/find_python.sh tools/install_te.sh
+	@python=$$(bash tools/find_python.sh) && echo "setup: $$python" && "$$python" -m venv $(TE_VENV)
+	$(TE_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	bash tools/install_te.sh $(TE_VENV)
+	@touch $@
+
+test-te: $(TE_READY) ## Transformer Engine's experts on the CPU; builds it once, 20 minutes
+	$(TE_VENV)/bin/python -m pytest -m "te and not slow and not gpu" tests/te
+
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,5 +64,5 @@ format: $(READY) ## mend style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv and what runs left behind
-	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove .venv, .venv-te and what runs left behind
+	rm -rf $(VENV) $(TE_VENV) runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis

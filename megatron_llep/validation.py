@@ -38,6 +38,9 @@ def _field(name: str, flag: str, remedy: str, *, unless: tuple = (None, False)) 
     )
 
 
+FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
+"""Those whose quantisers remember nothing from one forward to the next."""
+
 REFUSALS = (
     _field(
         "moe_token_dispatcher_type",
@@ -65,8 +68,42 @@ REFUSALS = (
         "--moe-router-padding-for-quantization",
         "it pads after the plan is made: leave the flag out",
     ),
-    _field("fp8", "--fp8-format", "lent experts are not quantised: train in bf16, fp16 or fp32"),
-    _field("fp4", "--fp4-format", "lent experts are not quantised: train in bf16, fp16 or fp32"),
+    Refusal(
+        flag="--fp8-recipe",
+        is_set=lambda config: bool(config.fp8) and config.fp8_recipe not in FP8_RECIPES,
+        value=lambda config: config.fp8_recipe,
+        remedy="it may keep a history of every slot, and experts change slots: use --fp8-recipe "
+        "tensorwise, blockwise or mxfp8",
+    ),
+    _field(
+        "fp8_param",
+        "--fp8-param-gather",
+        "experts are lent in the precision of their parameters: leave the flag out",
+    ),
+    _field(
+        "fp4", "--fp4-format", "lent experts are not quantised to it: use FP8, bf16, fp16, fp32"
+    ),
+    _field(
+        "quant_recipe",
+        "--te-precision-config-file",
+        "what it does to lent experts is untested: leave the flag out",
+    ),
+    _field(
+        "moe_single_grouped_weight",
+        "--moe-single-grouped-weight",
+        "one tensor of all experts cannot take in foreign ones: leave the flag out",
+    ),
+    _field(
+        "moe_single_grouped_bias",
+        "--moe-single-grouped-bias",
+        "one tensor of all experts cannot take in foreign ones: leave the flag out",
+    ),
+    _field(
+        "expert_gtp_weight_remat_size",
+        "--expert-tensor-parallel-num-weight-shards",
+        "it shards the expert weights that LLEP lends: leave the flag out",
+        unless=(None, 1),
+    ),
     _field(
         "delay_wgrad_compute",
         "--delay-wgrad-compute",
@@ -91,8 +128,7 @@ REFUSALS = (
     _field(
         "moe_latent_size",
         "--moe-latent-size",
-        "Megatron has latent experts in grouped GEMMs alone, which LLEP cannot lend: leave the "
-        "flag out",
+        "lending latent experts is untested: leave the flag out",
     ),
     _field(
         "use_transformer_engine_op_fuser",
@@ -163,7 +199,13 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
         ValueError: names what does not fit and the way out.
     """
     check_config(layer.config, llep)
-    make_lendable(layer.experts)
+    experts = make_lendable(layer.experts)
+    if layer.config.fp8 and not experts.runs_in_fp8:
+        raise ValueError(
+            f"--fp8-format {layer.config.fp8}: not supported with --moe-llep for experts of "
+            f"{type(layer.experts).__name__}; use --moe-grouped-gemm with Transformer Engine, or "
+            "train in bf16, fp16 or fp32"
+        )
     dtypes = {weight.dtype for weight in layer.experts.parameters()}
     if len(dtypes) > 1:
         raise ValueError(

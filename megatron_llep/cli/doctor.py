@@ -15,13 +15,20 @@ from typing import Literal
 
 MEGATRON = "'megatron-core>=0.19,<0.20'"
 TRANSFORMER_ENGINE = "transformer_engine.pytorch"
+TRANSFORMER_ENGINE_TESTED = (2, 20)
+# What LLEP calls or sets in it, in a process of its own: what is imported in part stays in part.
+TRANSFORMER_ENGINE_CHECK = f"""
+import torch, {TRANSFORMER_ENGINE} as te
+te.GroupedLinear.init_fp8_metadata, te.Fp8Padding, te.Fp8Unpadding
+"""
 
 SEAMS = {
     "megatron.core.parallel_state": ("create_group",),
     "megatron.core.process_groups_config": ("ProcessGroupCollection",),
     "megatron.core.tensor_parallel.random": ("is_checkpointing",),
+    "megatron.core.extensions.transformer_engine": ("TEGroupedLinear",),
     "megatron.core.transformer.mlp": ("MLP.forward",),
-    "megatron.core.transformer.moe.experts": ("SequentialMLP.forward",),
+    "megatron.core.transformer.moe.experts": ("SequentialMLP.forward", "TEGroupedMLP.forward"),
     "megatron.core.transformer.moe.moe_layer": (
         "MoELayer.preprocess",
         "MoELayer.routed_experts_compute",
@@ -127,20 +134,24 @@ def check_transformer_engine() -> Iterator[Finding]:
     ]
     what = ", ".join(installed) or "transformer-engine"
     if not installed and importlib.util.find_spec("transformer_engine") is None:
-        remedy = "optional: LLEP lends the experts of Megatron's SequentialMLP, which needs none"
+        remedy = "optional: for --moe-grouped-gemm; SequentialMLP's experts need none"
         yield Finding(state="note", what=f"{what}: not installed", remedy=remedy)
         return
-    # In a process of its own: what is imported in part stays in part.
-    command = [sys.executable, "-c", f"import torch, {TRANSFORMER_ENGINE}"]
+    command = [sys.executable, "-c", TRANSFORMER_ENGINE_CHECK]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
-        yield Finding(state="ok", what=what)
+        versions = {_numbers(name.split()[1]) for name in installed}
+        if versions <= {TRANSFORMER_ENGINE_TESTED}:
+            yield Finding(state="ok", what=what)
+        else:
+            tested = ".".join(map(str, TRANSFORMER_ENGINE_TESTED))
+            yield Finding(state="note", what=what, remedy=f"LLEP was tested with {tested}")
         return
     yield Finding(
         state="BROKEN",
         what=f"{what}: half installed, and Megatron's import fails on it ({_last_line(done)})",
-        remedy="pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]', or "
-        "pip uninstall each of its packages",
+        remedy="bash tools/install_te.sh VENV (what it takes is in docs/gpu.md), or pip uninstall "
+        "each of its packages",
     )
 
 
@@ -200,9 +211,9 @@ def check_megatron() -> Iterator[Finding]:
     flags = ", ".join(refusal.flag for refusal in REFUSALS)
     yield Finding(
         state="note",
-        what="supported: experts of SequentialMLP, the all-to-all dispatcher; layouts and "
-        "recompute modes are in docs/parallelism.md",
-        remedy=f"refused at start-up: --moe-grouped-gemm, {flags}",
+        what="supported: experts of SequentialMLP, and of TEGroupedMLP with Transformer Engine; "
+        "the all-to-all dispatcher; layouts and recompute modes are in docs/parallelism.md",
+        remedy=f"refused at start-up: {flags}",
     )
 
 

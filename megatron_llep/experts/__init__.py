@@ -5,8 +5,13 @@ import torch
 from megatron_llep.experts.base import LendableExperts
 from megatron_llep.experts.grouped_mm import GroupedMM, LendableGroupedMM
 from megatron_llep.experts.sequential import LendableSequentialMLP
+from megatron_llep.experts.te_grouped import LendableTEGroupedMLP
 
-KINDS: tuple[type[LendableExperts], ...] = (LendableSequentialMLP, LendableGroupedMM)
+KINDS: tuple[type[LendableExperts], ...] = (
+    LendableSequentialMLP,
+    LendableGroupedMM,
+    LendableTEGroupedMLP,
+)
 
 
 def find_kind(module: torch.nn.Module) -> type[LendableExperts] | None:

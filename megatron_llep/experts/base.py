@@ -17,6 +17,8 @@ class LendableExperts(ABC):
 
     module_type: ClassVar[type[torch.nn.Module]]
     """Megatron's module of experts that this class lends; not its subclasses."""
+    runs_in_fp8: ClassVar[bool] = False
+    """Whether it quantises foreign experts as it does natives."""
 
     def __init__(self, module: torch.nn.Module):
         self.module = module

@@ -15,7 +15,7 @@ def test_nothing_is_broken_here(capsys):
     assert "nothing is broken" in out
     assert "BROKEN" not in out
     assert "megatron-core 0.19" in out
-    assert "--moe-grouped-gemm" in out
+    assert "--fp8-recipe" in out
 
 
 def test_half_installed_packages(tmp_path):
@@ -43,6 +43,22 @@ def test_half_installed_packages(tmp_path):
     assert "megatron-core cannot be imported" in broken[2]
     assert "pip uninstall apex" in done.stdout
     assert done.stdout.endswith("3 broken\n")
+
+
+def test_another_transformer_engine(monkeypatch):
+    """One that has what LLEP uses, but with which it was never run."""
+    known = doctor.importlib.metadata.version
+    versions = {"transformer-engine": "2.30.1"}
+
+    def version(name):
+        return versions[name] if "transformer-engine" in name and name in versions else known(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor, "TRANSFORMER_ENGINE_CHECK", "pass")
+    (finding,) = doctor.check_transformer_engine()
+    assert finding.state == "note"
+    assert "2.30.1" in finding.what
+    assert "tested with 2.20" in finding.remedy
 
 
 def test_nvidia_s_apex(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ OTHER_FLAGS = {
     "--moe-llep-planner",
     "--moe-llep-replicas",
     "--moe-llep-*",
-    "--moe-grouped-gemm",
+    "--fp8-format",
     "--moe-llep-expert-gemm",
 }
 

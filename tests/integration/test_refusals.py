@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_llep.integration.convert import convert_model
@@ -42,7 +43,13 @@ def test_the_supported_configuration_passes():
         ({"moe_pad_expert_input_to_capacity": True}, "--moe-pad-expert-input-to-capacity"),
         ({"moe_permute_fusion": True}, "--moe-permute-fusion"),
         ({"moe_router_padding_for_quantization": True}, "--moe-router-padding-for-quantization"),
-        ({"fp8": "hybrid"}, "--fp8-format hybrid"),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, "--fp8-recipe delayed"),
+        ({"fp8": "hybrid", "fp8_recipe": "custom"}, "--fp8-recipe custom"),
+        ({"fp8_param": True}, "--fp8-param-gather"),
+        ({"quant_recipe": "any"}, "--te-precision-config-file"),
+        ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
+        ({"moe_single_grouped_bias": True}, "--moe-single-grouped-bias"),
+        ({"expert_gtp_weight_remat_size": 2}, "--expert-tensor-parallel-num-weight-shards"),
         ({"fp4": "e2m1"}, "--fp4-format e2m1"),
         ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
         (
@@ -90,6 +97,24 @@ def test_experts_of_another_kind():
     layer = SimpleNamespace(config=SUPPORTED, experts=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"--moe-llep: .* not of Linear"):
         check_layer(layer, EAGER)
+
+
+def test_fp8_needs_experts_that_quantise():
+    config = config_with(fp8="hybrid", fp8_recipe="tensorwise")
+    experts = SequentialMLP.__new__(SequentialMLP)
+    torch.nn.Module.__init__(experts)
+    experts.num_local_experts, experts.local_experts = 1, [torch.nn.Linear(1, 1)]
+    with pytest.raises(ValueError, match=r"--fp8-format hybrid: .* SequentialMLP; use"):
+        check_layer(SimpleNamespace(config=config, experts=experts), EAGER)
+
+
+def test_grouped_experts_that_are_not_transformer_engines():
+    experts = TEGroupedMLP.__new__(TEGroupedMLP)
+    torch.nn.Module.__init__(experts)
+    experts.num_local_experts = 1
+    experts.linear_fc1 = experts.linear_fc2 = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"--moe-llep: .* not of Linear; use"):
+        check_layer(SimpleNamespace(config=SUPPORTED, experts=experts), EAGER)
 
 
 def test_a_subclass_of_the_moe_layer_is_not_converted():

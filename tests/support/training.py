@@ -60,6 +60,8 @@ class Run:
     tied_embeddings: bool = False
     tokens: Callable[["Run", int, int], torch.Tensor] = make_tokens
     """The micro-batch [b, s + 1] of a step, by its number in the whole world."""
+    spec: Callable[[Any], Any] | None = None
+    """Takes the local block spec of a stage and returns the one to use instead."""
     prepare: Callable[[Chunks], None] | None = None
     """Called with the built model chunks before DDP wraps them: to freeze, to change routers."""
 
@@ -193,6 +195,8 @@ def build_model(
     for stage in range(layout.vpp or 1):
         vp_stage = stage if layout.vpp else None
         block = build_local_block_spec(config, vp_stage=vp_stage)
+        if run.spec is not None:
+            block = run.spec(block)
         mtp = build_local_mtp_spec(config, block, vp_stage=vp_stage)
         if transform_spec is not None:
             block = transform_spec(block)

@@ -15,6 +15,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from support.layout import Layout
 
 _EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.")
+# Grouped experts: one linear with numbered weights.
+_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12]\.)(weight|bias)(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def _get_global_name(name: str, layers: dict[str, int], chunk: torch.nn.Module) 
         if name.startswith(prefix):
             name = f"decoder.layers.{number}.{name.removeprefix(prefix)}"
             break
+    name = _GROUPED_EXPERT.sub(r"experts.local_experts.\3.\1\2", name)
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     match = _EXPERT.search(name)
@@ -96,7 +99,7 @@ def _get_global_name(name: str, layers: dict[str, int], chunk: torch.nn.Module) 
 def _get_shard(name: str, parameter: torch.nn.Parameter, layout: Layout, gated: bool) -> Shard:
     if not getattr(parameter, "tensor_model_parallel", False):
         return Shard()
-    if _EXPERT.search(name):
+    if _EXPERT.search(name) or _GROUPED_EXPERT.search(name):
         index, count = parallel_state.get_expert_tensor_parallel_rank(), layout.expert_tp
     else:
         index, count = parallel_state.get_tensor_model_parallel_rank(), layout.tp
