@@ -85,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "method": (
                 "Critical path: each rank's expert work alone on one device, ranks one after "
                 "another, CUDA events, median of "
-                f"{job.rounds} rounds after a warm-up, methods in alternation; the worst rank "
-                f"counts. Transfers are predictions of the cost model: {job.cost.machine}."
+                f"{job.rounds} rounds after a warm-up, methods in alternation; natives and lent "
+                "experts share each GEMM; the worst rank counts. "
+                f"Transfers are predictions of the cost model: {job.cost.machine}."
             ),
             "sections": [asdict(section) for section in sections],
         }

@@ -82,6 +82,7 @@ def make_draw(number: int) -> Draw:
             foreign_weights=draw.choice((None, "keep", "refetch")),
             max_foreign_experts=draw.choice((None, None, 1, 2)),
             scatter_from=draw.choice((2, 3, 0)),
+            expert_gemm=draw.choice(("megatron", "grouped_mm")),
         ),
     )
 

@@ -17,6 +17,8 @@ class Case:
     llep: LLEPConfig = EAGER
     loss_tolerance: float = 1e-5
     gradient_tolerance: float = 1e-4
+    exact: Run | None = None
+    """The same run in more precision, as a control of what rounding does to plain Megatron."""
 
 
 def compare_one(case: Case) -> tuple[TrainResult, Loans]:
@@ -32,6 +34,7 @@ def compare_one(case: Case) -> tuple[TrainResult, Loans]:
         plain,
         loss_tolerance=case.loss_tolerance,
         gradient_tolerance=case.gradient_tolerance,
+        exact=train(case.exact) if case.exact is not None else None,
     )
     assert lending.observed.transfers > 0, "nothing was lent"
     return plain, lending.observed
