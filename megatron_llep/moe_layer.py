@@ -3,6 +3,7 @@
 Letters: T tokens of this rank, E experts, H hidden size.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,14 +172,11 @@ class LLEPMoELayer(MoELayer):
             with step("experts"):
                 return super().routed_experts_compute(hidden_states, probs)
         loan.continue_fetch()
-        hidden_states, tokens_per_slot, probs = self.token_dispatcher.dispatch_postprocess(
-            hidden_states, probs
-        )
-        hidden_states, foreign = lend(loan, hidden_states)
+        parts = self.lendable.parts(self.token_dispatcher.num_foreign)
+        rows, tokens_per_slot = self.token_dispatcher.sort_by_slot(hidden_states, probs, parts)
         with step("experts"):
-            output = self.lendable.compute(hidden_states, tokens_per_slot, probs, foreign)
-        output = settle(loan, output)
-        return self.token_dispatcher.combine_preprocess(output), None
+            outputs = self.lendable.compute(rows, tokens_per_slot, partial(lend, loan))
+        return self.token_dispatcher.sort_by_source(settle(loan, outputs), parts), None
 
     def combine(self, output: torch.Tensor) -> torch.Tensor:
         """As `MoELayer.combine`."""

@@ -10,12 +10,18 @@ overridden here is where the slots and split sizes come from.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -201,6 +207,70 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             gather_rows(hidden_states, placement),
             probs.reshape(-1).index_select(0, placement.pair_index),
         )
+
+    @property
+    def num_foreign(self) -> int:
+        """S of this forward."""
+        return self.num_local_experts - self.num_native
+
+    def sort_by_slot(
+        self, tokens: torch.Tensor, probs: torch.Tensor, parts: Sequence[int]
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """As `dispatch_postprocess`, in several tensors, of which each covers some slots.
+
+        Cut afterwards, rows and gradients would be copied once more.
+
+        Args:
+            tokens: [N, H], as they arrived.
+            probs: [N].
+            parts: slots that each tensor is to cover; M + S in all.
+
+        Returns:
+            Tokens [n, H] and probabilities [n] of each part, by slot, and int [M + S], the tokens
+            of each slot, on the host.
+        """
+        if self.tp_size > 1:
+            gather = partial(
+                gather_from_sequence_parallel_region,
+                group=self.tp_group,
+                output_split_sizes=self.output_splits_tp.tolist(),
+            )
+            tokens, probs = gather(tokens), gather(probs)
+        sizes = self.num_global_tokens_per_local_expert.ravel().tolist()
+        num_sources = len(self.num_global_tokens_per_local_expert)
+        token_chunks, prob_chunks = tokens.split(sizes), probs.split(sizes)
+        by_slot = iter(self.sort_input_by_local_experts.tolist())
+        rows = []
+        for num_slots in parts:
+            order = list(islice(by_slot, num_slots * num_sources))
+            rows.append(
+                (
+                    torch.cat([token_chunks[i] for i in order] or [tokens[:0]]),
+                    torch.cat([prob_chunks[i] for i in order] or [probs[:0]]),
+                )
+            )
+        return rows, self.tokens_per_expert
+
+    def sort_by_source(self, outputs: Sequence[torch.Tensor], parts: Sequence[int]) -> torch.Tensor:
+        """As `combine_preprocess`, of outputs [n, H] in the parts of `sort_by_slot`: [N, H]."""
+        sizes = iter(self.num_global_tokens_per_local_expert.T.ravel().tolist())
+        num_sources = len(self.num_global_tokens_per_local_expert)
+        chunks: list[torch.Tensor] = []
+        slotless = []
+        for output, num_slots in zip(outputs, parts, strict=True):
+            if num_slots:
+                chunks += output.split(list(islice(sizes, num_slots * num_sources)))
+            else:  # on the way of the gradients all the same
+                slotless.append(output)
+        order = self.restore_output_by_local_experts.tolist()
+        hidden = torch.cat([*(chunks[i] for i in order), *slotless])
+        if self.tp_size > 1:
+            hidden = reduce_scatter_to_sequence_parallel_region(
+                hidden.to(self.probs.dtype),
+                group=self.tp_group,
+                input_split_sizes=self.output_splits_tp.tolist(),
+            ).to(hidden.dtype)
+        return hidden
 
     def combine_postprocess(self, rows: torch.Tensor) -> torch.Tensor:
         """Add each token's rows, and the shared experts' output: [N, H] -> [..., H]."""

@@ -1,15 +1,24 @@
 """What LLEP asks of a layer's experts, whichever way they compute.
 
-Letters: N tokens on this rank after dispatch, sorted by slot, H hidden size, M native slots,
-F foreign experts (F <= S foreign slots; the other slots get no token).
+Letters: n rows (tokens on this rank after dispatch, sorted by slot) of a part of the slots,
+H hidden size, M native slots, S foreign slots, F <= S foreign experts (other slots get no token).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 
 from megatron_llep.lending import Weights
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""Hidden states [n, H], sorted by slot, and the router's weight of each, [n]."""
+
+Borrow = Callable[[torch.Tensor], tuple[torch.Tensor, list[Weights]]]
+"""Waits for the foreign weights. Takes the rows [n, H] that foreign experts are to compute, and
+returns them with the F experts' weights, by slot: their gradients start home when those of these
+rows are known."""
 
 
 class LendableExperts(ABC):
@@ -52,21 +61,65 @@ class LendableExperts(ABC):
         """M tuples of parameters, alike in order, shapes and dtype."""
 
     @abstractmethod
+    def parts(self, num_foreign_slots: int) -> tuple[int, ...]:
+        """How many slots, of M + S, each tensor of rows covers that `compute` wants, in order."""
+
+    @abstractmethod
     def compute(
-        self,
-        hidden: torch.Tensor,
-        tokens_per_slot: torch.Tensor,
-        probs: torch.Tensor,
-        foreign: list[Weights],
-    ) -> torch.Tensor:
+        self, rows: Sequence[Rows], tokens_per_slot: torch.Tensor, borrow: Borrow
+    ) -> list[torch.Tensor]:
         """Run M native and F foreign experts on their tokens.
 
         Args:
-            hidden: [N, H], sorted by slot, natives first.
+            rows: of each of the `parts`.
             tokens_per_slot: int [M + S] on the host; slots beyond M + F hold no expert.
-            probs: [N], the router's weight of each row.
+            borrow: called once, when foreign weights are needed and no earlier.
+
+        Returns:
+            [n, H] for each part, each row weighted by its probability.
+        """
+
+
+class ApartExperts(LendableExperts):
+    """Natives as Megatron's module computes them, then foreign experts, on rows of their own.
+
+    So the transfer of foreign weights is hidden behind the natives in forward. In backward
+    autograd runs first what came last in forward: the return is hidden behind them as well.
+    """
+
+    def parts(self, num_foreign_slots: int) -> tuple[int, ...]:
+        """Natives, foreign slots."""
+        return (self.num_native, num_foreign_slots)
+
+    def compute(
+        self, rows: Sequence[Rows], tokens_per_slot: torch.Tensor, borrow: Borrow
+    ) -> list[torch.Tensor]:
+        """Natives, which run even on no rows: their gradient hooks must fire on every rank."""
+        (hidden, probs), (foreign_hidden, foreign_probs) = rows
+        native, _ = self.module(hidden, tokens_per_slot[: self.num_native], probs)
+        foreign_hidden, foreign = borrow(foreign_hidden)
+        tokens = tokens_per_slot[self.num_native :].tolist()[: len(foreign)]
+        assert sum(tokens) == len(foreign_hidden), "tokens sent to an empty slot"
+        if not foreign:  # no rows, but on the way of the gradients
+            return [native, foreign_hidden]
+        return [native, self.compute_foreign(foreign_hidden, foreign_probs, tokens, foreign)]
+
+    @abstractmethod
+    def compute_foreign(
+        self,
+        hidden: torch.Tensor,
+        probs: torch.Tensor,
+        tokens: Sequence[int],
+        foreign: Sequence[Weights],
+    ) -> torch.Tensor:
+        """Run F foreign experts on their tokens.
+
+        Args:
+            hidden: [n, H], sorted by slot.
+            probs: [n].
+            tokens: of each foreign expert.
             foreign: F experts' weights, in slot order.
 
         Returns:
-            [N, H], each row weighted by its probability.
+            [n, H], each row weighted by its probability.
         """

@@ -27,13 +27,8 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.nn import functional
 
-from megatron_llep.experts.base import LendableExperts
-from megatron_llep.experts.grouped_linear import (
-    ROW_BYTES,
-    Groups,
-    grouped_linear,
-    spread_biases,
-)
+from megatron_llep.experts.base import ApartExperts
+from megatron_llep.grouped_linear import ROW_BYTES, Groups, grouped_linear, spread_biases
 from megatron_llep.lending import Weights
 
 FLAG = "--moe-llep-expert-gemm grouped_mm"
@@ -76,7 +71,7 @@ class GroupedMM(SequentialMLP):
         return output, None
 
 
-class LendableGroupedMM(LendableExperts):
+class LendableGroupedMM(ApartExperts):
     """One grouped GEMM per linear and direction over the natives, and one over foreign experts."""
 
     module_type = GroupedMM
@@ -85,26 +80,15 @@ class LendableGroupedMM(LendableExperts):
         """M tuples of parameters, in the order of their names."""
         return [_get_weights(expert) for expert in self.module.local_experts]
 
-    def compute(
+    def compute_foreign(
         self,
         hidden: torch.Tensor,
-        tokens_per_slot: torch.Tensor,
         probs: torch.Tensor,
-        foreign: list[Weights],
+        tokens: Sequence[int],
+        foreign: Sequence[Weights],
     ) -> torch.Tensor:
-        """Run M native and F foreign experts on their tokens: [N, H] -> [N, H]."""
-        tokens_of_natives = tokens_per_slot[: self.num_native]
-        tokens = tokens_per_slot[self.num_native :].tolist()[: len(foreign)]
-        sizes = [int(tokens_of_natives.sum()), sum(tokens)]
-        assert sum(sizes) == len(hidden), "tokens sent to an empty slot"
-        if not foreign:
-            return self.module(hidden, tokens_of_natives, probs)[0]
-        # Split once: the gradient of a slice is as large as what it was cut from.
-        (rows, foreign_rows), (row_probs, foreign_probs) = hidden.split(sizes), probs.split(sizes)
-        # Natives run even with no token: their gradient hooks must fire on every rank.
-        native, _ = self.module(rows, tokens_of_natives, row_probs)
-        like = self.module.local_experts[0]
-        return torch.cat((native, run_experts(like, foreign, foreign_rows, tokens, foreign_probs)))
+        """Run F foreign experts on their tokens: [n, H] -> [n, H]."""
+        return run_experts(self.module.local_experts[0], foreign, hidden, tokens, probs)
 
 
 def run_experts(

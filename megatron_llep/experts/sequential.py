@@ -1,18 +1,20 @@
 """Experts one after another: `SequentialMLP`, then this rank's foreign experts.
 
-Letters: N tokens on this rank after dispatch, sorted by slot, H hidden size, M native slots,
-F foreign experts (F <= S foreign slots; the other slots get no token).
+Letters: n rows (tokens on this rank after dispatch, sorted by slot) of the foreign experts,
+H hidden size, M native and F foreign experts.
 """
+
+from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.func import functional_call
 
-from megatron_llep.experts.base import LendableExperts
+from megatron_llep.experts.base import ApartExperts
 from megatron_llep.lending import Weights
 
 
-class LendableSequentialMLP(LendableExperts):
+class LendableSequentialMLP(ApartExperts):
     """A loop over experts; natives run as Megatron runs them."""
 
     module_type = SequentialMLP
@@ -25,30 +27,20 @@ class LendableSequentialMLP(LendableExperts):
         """M tuples of parameters, in the order of their names."""
         return [tuple(expert.parameters()) for expert in self.module.local_experts]
 
-    def compute(
+    def compute_foreign(
         self,
         hidden: torch.Tensor,
-        tokens_per_slot: torch.Tensor,
         probs: torch.Tensor,
-        foreign: list[Weights],
+        tokens: Sequence[int],
+        foreign: Sequence[Weights],
     ) -> torch.Tensor:
-        """Run M native and F foreign experts on their tokens: [N, H] -> [N, H]."""
-        tokens = tokens_per_slot.tolist()
+        """Run F foreign experts on their tokens: [n, H] -> [n, H]."""
+        sizes = list(tokens)
         # Split once: the gradient of a slice is as large as what it was cut from.
-        sizes = [sum(tokens[: self.num_native])]
-        sizes += tokens[self.num_native : self.num_native + len(foreign)]
-        assert sum(sizes) == len(hidden), "tokens sent to an empty slot"
-        rows, row_probs = hidden.split(sizes), probs.split(sizes)
-        # Natives run even with no token: their gradient hooks must fire on every rank.
-        native, _ = self.module(rows[0], tokens_per_slot[: self.num_native], row_probs[0])
-        outputs = [native]
-        for slot, weights in enumerate(foreign, start=1):
-            outputs.append(self._run_foreign(rows[slot], row_probs[slot], weights))
-        return torch.cat(outputs)
+        parts = zip(hidden.split(sizes), probs.split(sizes), foreign, strict=True)
+        return torch.cat([self._run(*part) for part in parts])
 
-    def _run_foreign(
-        self, hidden: torch.Tensor, probs: torch.Tensor, weights: Weights
-    ) -> torch.Tensor:
+    def _run(self, hidden: torch.Tensor, probs: torch.Tensor, weights: Weights) -> torch.Tensor:
         if self.module.config.moe_apply_probs_on_input:
             hidden = (probs.unsqueeze(-1) * hidden).to(hidden.dtype)
             probs = torch.ones_like(probs)

@@ -1,6 +1,6 @@
 """Experts in Transformer Engine's grouped GEMMs: `TEGroupedMLP`, natives and foreign together.
 
-Letters: N tokens on this rank after dispatch, sorted by slot, H hidden size, M native slots,
+Letters: n rows (tokens on this rank after dispatch, sorted by slot), H hidden size, M native slots,
 F foreign experts (F <= S foreign slots; the other slots get no token).
 
 TE's `GroupedLinear` finds its experts by name: weight0 to weight{num_gemms - 1}, biases likewise.
@@ -10,7 +10,7 @@ parameters and in no state dict. TE reads from weight0 whether weights need grad
 are accumulated: natives come first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
-from megatron_llep.experts.base import LendableExperts
+from megatron_llep.experts.base import Borrow, LendableExperts, Rows
 from megatron_llep.lending import Weights
 
 # What TE makes for each GEMM in forward: quantisers of input, weight and output.
@@ -58,20 +58,21 @@ class LendableTEGroupedMLP(LendableExperts):
             for expert in range(self.num_native)
         ]
 
+    def parts(self, num_foreign_slots: int) -> tuple[int, ...]:
+        """All slots together."""
+        return (self.num_native + num_foreign_slots,)
+
     def compute(
-        self,
-        hidden: torch.Tensor,
-        tokens_per_slot: torch.Tensor,
-        probs: torch.Tensor,
-        foreign: list[Weights],
-    ) -> torch.Tensor:
-        """Run M native and F foreign experts on their tokens: [N, H] -> [N, H].
+        self, rows: Sequence[Rows], tokens_per_slot: torch.Tensor, borrow: Borrow
+    ) -> list[torch.Tensor]:
+        """Run M native and F foreign experts on their tokens: [n, H] -> [n, H].
 
         Raises:
             ValueError: other ranks train the experts that are frozen here.
         """
-        num_slots = self.num_native + len(foreign)
-        tokens = tokens_per_slot[:num_slots]
+        ((hidden, probs),) = rows
+        hidden, foreign = borrow(hidden)
+        tokens = tokens_per_slot[: self.num_native + len(foreign)]
         assert int(tokens.sum()) == len(hidden), "tokens sent to an empty slot"
         if foreign and foreign[0][0].requires_grad and not self.trains():
             raise ValueError(
@@ -81,7 +82,7 @@ class LendableTEGroupedMLP(LendableExperts):
             )
         with self._host(foreign):
             output, _ = self.module(hidden, tokens, probs)
-        return output
+        return [output]
 
     @contextmanager
     def _host(self, foreign: list[Weights]) -> Iterator[None]:

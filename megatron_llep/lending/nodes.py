@@ -5,14 +5,15 @@ Letters: F foreign experts of this rank.
     Gate      on the layer's input; native weights are inputs too, so the engine keeps their
               gradient hooks (and with them the data-parallel reduction) until Gate has run
     Relay     on the tokens about to be dispatched
-    Lend      on the dispatched tokens; hands out the foreign weights
-    (experts)
-    Settle    on the experts' output
+    (natives, if they are computed apart)
+    Lend      on the rows that foreign experts compute; hands out the foreign weights
+    (foreign experts)
+    Settle    on the experts' outputs
     Recall    on the combined output
 
     backward:  Recall starts to fetch freed weights again -> combine -> Settle waits for them
-               -> experts -> Lend starts the return -> dispatch -> Relay starts its second exchange
-               -> Gate waits for it and adds it
+               -> foreign experts -> Lend starts the return -> (natives) -> dispatch
+               -> Relay starts its second exchange -> Gate waits for it and adds it
 
 Every rank runs all of them, whether or not it lends or borrows. (Relay only if the plan lends an
 expert in shards, Recall only if weights are freed.)
@@ -63,7 +64,11 @@ def relay(loan: Loan, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def lend(loan: Loan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Weights]]:
-    """Pass the dispatched tokens and hand out the F foreign experts' weights."""
+    """Pass the rows of foreign experts and hand out the F experts' weights.
+
+    In backward the return starts when the gradient of these rows is there: there must be such a
+    tensor on every rank, though it may have no rows.
+    """
     loan.finish_fetch()
     if not (loan.returns and torch.is_grad_enabled()):
         return hidden, loan.hand_out()
@@ -72,12 +77,12 @@ def lend(loan: Loan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Weights]]
     return hidden, [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
-def settle(loan: Loan, output: torch.Tensor) -> torch.Tensor:
-    """Pass the experts' output; the foreign weights are not needed again before backward."""
-    if not (torch.is_grad_enabled() and output.requires_grad):
+def settle(loan: Loan, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Pass the experts' outputs; the foreign weights are not needed again before backward."""
+    if not (torch.is_grad_enabled() and any(output.requires_grad for output in outputs)):
         loan.free_weights()
-        return output
-    return _Settle.apply(loan, output)
+        return outputs
+    return _Settle.apply(loan, *outputs)
 
 
 def recall(loan: Loan, output: torch.Tensor) -> torch.Tensor:
@@ -149,20 +154,20 @@ class _Lend(torch.autograd.Function):
 
 class _Settle(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loan: Loan, output: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, loan: Loan, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.loan = loan
         if loan.refetch:
             loan.free_weights()
-        return output.view_as(output)
+        return tuple(output.view_as(output) for output in outputs)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, *grad_outputs):
         loan: Loan = ctx.loan
         if loan.refetch:
             loan.finish_fetch()
         if loan.returns:
             loan.open_grads()
-        return None, grad_output
+        return None, *grad_outputs
 
 
 class _Recall(torch.autograd.Function):

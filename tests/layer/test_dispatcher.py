@@ -17,9 +17,10 @@ from support.training import Run, build_model, make_config
 LAYOUTS = [Layout(ep=2), Layout(ep=4), Layout(tp=2, ep=2, etp=2), Layout(tp=2, ep=2, etp=1)]
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
 @pytest.mark.parametrize("pattern", ["natural", "hot", "one_rank"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_tokens_come_back(layout, pattern):
+def test_tokens_come_back(layout, pattern, apart):
     def work(rank, size):
         run = Run(layout=layout, routing=Routing(pattern, ranks=layout.ep))
         with use_layout(layout):
@@ -36,11 +37,15 @@ def test_tokens_come_back(layout, pattern):
             probs = torch.ones_like(probs) / layer.router.topk
             tokens, probs = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
             tokens, probs = dispatcher.token_dispatch(tokens, probs)
-            tokens, per_slot, probs = dispatcher.dispatch_postprocess(tokens, probs)
-            assert per_slot.sum() == len(tokens) == len(probs)
+            natives, foreign = dispatcher.num_native, dispatcher.num_foreign
+            parts = (natives, foreign) if apart else (natives + foreign,)
+            rows, per_slot = dispatcher.sort_by_slot(tokens, probs, parts)
+            of_part = [int(each.sum()) for each in per_slot.split(parts)]
+            assert [len(tokens) for tokens, _ in rows] == of_part
+            assert [len(probs) for _, probs in rows] == of_part
             # Every expert-tensor-parallel rank adds its share.
-            output = tokens * probs.unsqueeze(-1) / layout.expert_tp
-            output = dispatcher.combine_preprocess(output)
+            outputs = [tokens * probs.unsqueeze(-1) / layout.expert_tp for tokens, probs in rows]
+            output = dispatcher.sort_by_source(outputs, parts)
             output = dispatcher.combine_postprocess(dispatcher.token_combine(output))
             assert get_relative_difference(output, hidden) < 1e-6
 
@@ -48,7 +53,7 @@ def test_tokens_come_back(layout, pattern):
             gradient = torch.randn(output.shape, generator=generator)
             output.backward(gradient)
             assert get_relative_difference(hidden.grad, gradient) < 1e-5
-            return dispatcher.num_local_experts - dispatcher.num_native
+            return foreign
 
     foreign = run_ranks(work, layout.world_size)
     assert all(foreign)

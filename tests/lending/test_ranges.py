@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from layer.test_layer_float64 import H, T, build_layer
 from megatron_llep.integration.convert import convert_model
@@ -15,6 +15,7 @@ from support.spread import use_spread_experts
 
 TOKENS_BACK = "_AllToAllBackward"
 """Megatron's autograd node of a token exchange."""
+NATIVES, NATIVES_BACK = "natives", "natives, backward"
 
 
 def name_steps(rank, size, llep):
@@ -23,22 +24,36 @@ def name_steps(rank, size, llep):
         use_spread_experts(monkeypatch)
         layer = build_layer(Layout(ep=4), rank, 0.0)
         convert_model([layer], llep)
+        layer.experts.register_forward_hook(mark_natives)
         generator = torch.Generator().manual_seed(rank)
         hidden = torch.rand(T, 1, H, generator=generator, dtype=torch.float64, requires_grad=True)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             output, _ = layer(hidden)
             output.sum().backward()
+        names = (TOKENS_BACK, NATIVES, NATIVES_BACK)
         found = [
             event
             for event in profiled.events()
-            if event.name.startswith("llep/") or event.name == TOKENS_BACK
+            if event.name.startswith("llep/") or event.name in names
         ]
         found.sort(key=lambda event: event.time_range.start)
         return [event.name.removeprefix("llep/") for event in found]
 
 
+def mark_natives(module, inputs, outputs):
+    """Name the end of the natives' forward, and the start of their backward."""
+    with record_function(NATIVES):
+        pass
+
+    def mark(_):
+        with record_function(NATIVES_BACK):
+            pass
+
+    outputs[0].register_hook(mark)
+
+
 FORWARD = ["count.start", "count.wait", "plan", "lend.start", "place", "dispatch", "lend.next"]
-FORWARD += ["lend.wait", "experts", "combine"]
+FORWARD += ["experts", NATIVES, "lend.wait", "combine"]
 
 
 @pytest.mark.parametrize("foreign_weights", ["keep", "refetch"])
@@ -53,6 +68,7 @@ def test_order(foreign_weights, scatter_from):
         *combine,
         *(["lend.wait"] if fetch_again else []),
         "return.start",
+        NATIVES_BACK,
         *dispatch,
         *(["return.next"] if scatter_from else []),
         "return.wait",

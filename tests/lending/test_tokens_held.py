@@ -41,14 +41,21 @@ def find_most_tokens_held(layout: Layout, pattern: str, *, llep: bool) -> int:
 
 
 def note_arrivals(dispatcher, held: list[int]) -> None:
-    arrive = dispatcher.dispatch_postprocess
+    """Of Megatron's dispatcher, and of LLEP's where something is lent."""
+    arrive, sort = dispatcher.dispatch_postprocess, getattr(dispatcher, "sort_by_slot", None)
 
     def arrive_and_note(*args):
         tokens, *rest = arrive(*args)
         held.append(len(tokens))
         return tokens, *rest
 
+    def sort_and_note(*args):
+        rows, per_slot = sort(*args)
+        held.append(sum(len(tokens) for tokens, _ in rows))
+        return rows, per_slot
+
     dispatcher.dispatch_postprocess = arrive_and_note
+    dispatcher.sort_by_slot = sort_and_note
 
 
 @pytest.mark.parametrize("layout", [Layout(ep=2), Layout(ep=4), Layout(tp=2, ep=2, etp=2)], ids=str)

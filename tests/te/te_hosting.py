@@ -45,6 +45,15 @@ class Modules:
         foreign = _copy_into_one_buffer(everyone[NATIVE:], config.gradient_accumulation_fusion)
         return cls(whole, module, foreign, lendable)
 
+    def compute(
+        self, hidden: torch.Tensor, probs: torch.Tensor, per_slot: torch.Tensor
+    ) -> torch.Tensor:
+        """Natives and foreign experts, as a layer that borrowed them has it done."""
+        (output,) = self.lendable.compute(
+            [(hidden, probs)], per_slot, lambda hidden: (hidden, self.foreign)
+        )
+        return output
+
     def gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Of all weights: as the module of M + F has them, and as host and foreign experts do."""
         expected = [w for expert in make_lendable(self.whole).weights() for w in expert]
@@ -88,7 +97,7 @@ def run_both(modules: Modules, config: TransformerConfig) -> list[tuple[torch.Te
     with get_fp8_context(config):
         expected, _ = modules.whole(theirs[0], torch.tensor(TOKENS), theirs[1])
         per_slot = torch.tensor(TOKENS + (0,) * (SLOTS - len(TOKENS)))
-        output = modules.lendable.compute(ours[0], per_slot, ours[1], modules.foreign)
+        output = modules.compute(*ours, per_slot)
     expected.backward(grad)
     output.backward(grad)
     return [(output, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]

@@ -146,7 +146,7 @@ def forward(modules: Modules, hidden: torch.Tensor, *, lending: bool) -> torch.T
     """A micro-batch of the host; without lending, Megatron's own forward of the natives."""
     probs = torch.ones(len(hidden))
     if lending:
-        return modules.lendable.compute(hidden, torch.tensor(TOKENS), probs, modules.foreign)
+        return modules.compute(hidden, probs, torch.tensor(TOKENS))
     tokens = torch.tensor(TOKENS[:NATIVE])
     return modules.module(hidden[: int(tokens.sum())], tokens, probs[: int(tokens.sum())])[0]
 
