@@ -48,8 +48,8 @@ class CountTable:
         for tensor in (row, self._rows):
             tensor.record_stream(stream)
 
-    def wait(self) -> tuple[np.ndarray, bool]:
-        """Wait on the host: counts, int64 [R, E], and whether some rank trains its experts.
+    def wait(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wait on the host: counts, int64 [R, E], and who trains its experts, bool [R].
 
         The only point of a layer's forward at which the host waits for the GPU.
         """
@@ -60,4 +60,4 @@ class CountTable:
             self._copied.synchronize()
             table = self._host
         rows = table.numpy().reshape(self._shape)
-        return np.ascontiguousarray(rows[:, :-1]), bool(rows[:, -1].any())
+        return np.ascontiguousarray(rows[:, :-1]), rows[:, -1].astype(bool)

@@ -128,6 +128,7 @@ class LLEPMoELayer(MoELayer):
             routing_map: bool [T, E].
         """
         decision = self.token_dispatcher.decide(routing_map, trains=self.lendable.trains())
+        self.lendable.check_trainers(decision.trainers)
         self._record(decision)
         natives = self.lendable.weights()
         self._loan = None

@@ -63,9 +63,14 @@ class Decision:
     """int64 [P], tokens on each rank under plain expert parallelism."""
     plan: Plan
     """For D * E experts, M of them native to each rank."""
-    trains: bool
-    """Whether some rank needs gradients of its experts' weights."""
+    trainers: np.ndarray
+    """bool [R], which sources need gradients of their experts' weights."""
     plan_seconds: float
+
+    @property
+    def trains(self) -> bool:
+        """Whether some rank does."""
+        return bool(self.trainers.any())
 
 
 class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -135,7 +140,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         assert self._counting is not None
         (table, pairs), self._counting = self._counting, None
         with step("count.wait"):
-            routed, some_train = table.wait()
+            routed, trainers = table.wait()
 
         start = time.perf_counter()
         with step("plan"):
@@ -158,7 +163,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             counts=counts,
             load_before=load_per_rank(routed, self.num_replicas, self.ep_size),
             plan=plan,
-            trains=some_train,
+            trainers=trainers,
             plan_seconds=time.perf_counter() - start,
         )
         return self.decision

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from megatron_llep.lending import Weights
@@ -28,6 +29,8 @@ class LendableExperts(ABC):
     """Megatron's module of experts that this class lends; not its subclasses."""
     runs_in_fp8: ClassVar[bool] = False
     """Whether it quantises foreign experts as it does natives."""
+    trains_all_or_none: ClassVar[bool] = False
+    """Whether native and foreign experts of a rank can only train together."""
 
     def __init__(self, module: torch.nn.Module):
         self.module = module
@@ -46,6 +49,26 @@ class LendableExperts(ABC):
     def trains(self) -> bool:
         """Whether any native weight needs a gradient."""
         return any(weight.requires_grad for weight in self.module.parameters())
+
+    def check_trainers(self, trainers: np.ndarray) -> None:
+        """Refuse frozen natives beside foreign experts that train, where GEMMs cannot do both.
+
+        At every forward, as experts may be frozen at any time; on all ranks alike.
+
+        Args:
+            trainers: bool [R], which of the sources of tokens train their experts.
+
+        Raises:
+            ValueError: says which are frozen, and the way out.
+        """
+        if self.trains_all_or_none and trainers.any() and not trainers.all():
+            raise ValueError(
+                f"--moe-llep: a layer's experts are frozen on ranks {np.flatnonzero(~trainers)} of "
+                f"the {len(trainers)} that share tokens, and trained on others, but "
+                f"{self.module_type.__name__} computes weight gradients of all of a rank's experts "
+                "or of none; freeze them on all of these ranks or on none, or use SequentialMLP "
+                "(without --moe-grouped-gemm)"
+            )
 
     def wait_for_parameters(self) -> None:
         """Run the hooks by which `--overlap-param-gather` waits for a parameter's values.

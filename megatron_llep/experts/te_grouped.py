@@ -30,6 +30,7 @@ class LendableTEGroupedMLP(LendableExperts):
 
     module_type = TEGroupedMLP
     runs_in_fp8 = True
+    trains_all_or_none = True  # TE looks at weight0
 
     def __init__(self, module: TEGroupedMLP):
         """See the class.
@@ -65,21 +66,11 @@ class LendableTEGroupedMLP(LendableExperts):
     def compute(
         self, rows: Sequence[Rows], tokens_per_slot: torch.Tensor, borrow: Borrow
     ) -> list[torch.Tensor]:
-        """Run M native and F foreign experts on their tokens: [n, H] -> [n, H].
-
-        Raises:
-            ValueError: other ranks train the experts that are frozen here.
-        """
+        """Run M native and F foreign experts on their tokens: [n, H] -> [n, H]."""
         ((hidden, probs),) = rows
         hidden, foreign = borrow(hidden)
         tokens = tokens_per_slot[: self.num_native + len(foreign)]
         assert int(tokens.sum()) == len(hidden), "tokens sent to an empty slot"
-        if foreign and foreign[0][0].requires_grad and not self.trains():
-            raise ValueError(
-                "--moe-llep: a layer's experts are frozen on this rank and trained on others, but "
-                "Transformer Engine computes weight gradients of all experts of a rank or of none; "
-                "freeze them on all ranks of the expert-parallel group, or on none"
-            )
         with self._host(foreign):
             output, _ = self.module(hidden, tokens, probs)
         return [output]

@@ -103,6 +103,21 @@ def test_two_ranks():
     )
 
 
+def test_frozen_on_some_ranks_is_refused_on_all(gemms):
+    """At the first forward, though nothing is lent in it."""
+
+    def work(rank, size):
+        def freeze(chunks: Chunks) -> None:
+            for name, parameter in chunks[0].named_parameters():
+                parameter.requires_grad = rank == 1 or ".experts." not in name
+
+        run = te_run(routing="balanced", prepare=freeze)
+        with pytest.raises(ValueError, match=r"frozen on ranks \[0\] of the 2"):
+            train_with_llep(run)
+
+    run_ranks(work, 2)
+
+
 def recompute(*modules: str) -> dict:
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
