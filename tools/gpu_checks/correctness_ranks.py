@@ -2,8 +2,8 @@
 
 Where there are fewer GPUs than ranks, several share one, over gloo: torch's gloo takes CUDA tensors
 in all-to-all, all-gather, all-reduce and broadcast, and carries them through pinned host memory
-by itself (not in send and receive, which neither Megatron without pipeline stages nor LLEP
-calls). Whether it does on this machine is checked first.
+by itself. Nothing else is called (`lending_run` sees to that): neither send and receive nor
+coalesced collectives take them. Whether these do on this machine is checked first.
 """
 
 import os

@@ -103,7 +103,7 @@ def run_model(
         _run_micro_batch(wrapped, size, rank, number, device)
         for number in range(size.micro_batches)
     ]
-    finalize_model_grads([wrapped])
+    _reduce_gradients(wrapped)
     gradients = {
         name: parameter.main_grad.detach().float().cpu()
         for name, parameter in model.named_parameters()
@@ -134,19 +134,24 @@ def _build_model(size: ModelSize, kind: Kind, ep: int) -> GPTModel:
         params_dtype=kind.dtype,
         bf16=kind.dtype == torch.bfloat16,
         transformer_impl="transformer_engine" if kind.transformer_engine else "local",
-        gradient_accumulation_fusion=kind.transformer_engine,
+        # Of Megatron's own output layer this would need apex; Transformer Engine's: see below.
+        gradient_accumulation_fusion=False,
     )
     if kind.transformer_engine:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     else:
         spec = build_local_block_spec(config)
-    return GPTModel(
+    model = GPTModel(
         config,
         spec,
         vocab_size=_VOCABULARY,
         max_sequence_length=size.sequence_length,
         position_embedding_type="rope",
     )
+    linears: list[Any] = [m for m in model.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    for linear in linears:  # Transformer Engine's
+        linear.fuse_wgrad_accumulation = True
+    return model
 
 
 def _fill(model: torch.nn.Module, rank: int) -> None:
@@ -189,6 +194,20 @@ def _decide_and_count(
     decision = decide(*args, **kwargs)
     plans.append(len(decision.plan.transfers))
     return decision
+
+
+def _reduce_gradients(wrapped: DistributedDataParallel) -> None:
+    """Reduce as Megatron does; over gloo bucket by bucket.
+
+    Megatron puts buckets together in one coalesced all-reduce, which gloo has for CPUs only.
+    """
+    if dist.get_backend() != "gloo":
+        finalize_model_grads([wrapped])
+        return
+    for group in wrapped.bucket_groups + wrapped.expert_parallel_bucket_groups:
+        for bucket in group.buckets:
+            bucket.grad_data.mul_(bucket.gradient_scaling_factor)
+            dist.all_reduce(bucket.grad_data, group=group.data_parallel_group)
 
 
 def _run_micro_batch(
