@@ -8,6 +8,7 @@ from pathlib import Path
 from gpu_checks.environment import is_installed
 from gpu_checks.section import Section
 
+_MARK = "mark.gpu"
 _NO_TESTS = 5
 """pytest's exit code when nothing was selected."""
 
@@ -21,7 +22,9 @@ def check_kernels(root: Path, *, device: str, limit_seconds: float) -> Section:
         if not is_installed(module):
             reason = f"{module} is not installed, and the tests import it"
             return Section(name=name, state="skipped", reason=reason)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
+    # Others may import what this machine does not have.
+    files = [path for path in (root / "tests").rglob("test_*.py") if _MARK in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *map(str, sorted(files))]
     try:
         done = subprocess.run(
             command,
