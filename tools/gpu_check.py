@@ -84,9 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": list(sys.argv[1:] if argv is None else argv),
             "method": (
                 "Critical path: each rank's expert work alone on one device, ranks one after "
-                "another, CUDA events, median of "
-                f"{job.rounds} rounds after a warm-up, methods in alternation; natives and lent "
-                "experts share each GEMM; the worst rank counts. "
+                f"another, CUDA events, median of {job.rounds} rounds after a warm-up, methods in "
+                "alternation; the worst rank counts. "
                 f"Transfers are predictions of the cost model: {job.cost.machine}."
             ),
             "sections": [asdict(section) for section in sections],
@@ -128,7 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=["tolerant", "exact", "lla"],
     )
     parser.add_argument(
-        "--experts", nargs="+", choices=tuple(KINDS), help="grouped GEMMs; default: all there are"
+        "--experts",
+        nargs="+",
+        choices=tuple(KINDS),
+        help="grouped GEMMs. grouped_mm: as LLEP runs torch's, natives and lent experts apart. "
+        "one_slab: torch's as well, together. te: Transformer Engine's, together, as LLEP runs "
+        "them. Default: grouped_mm, and te where it is installed",
     )
     parser.add_argument(
         "--cost-model",

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from gpu_checks.experts import Experts, Slab
-from gpu_checks.rank_work import Case, Load, choose_loads, make_cases
+from gpu_checks.rank_work import NUM_RANKS, Case, Load, choose_loads, make_cases
+from gpu_checks.results import check_experts
 from gpu_checks.stopwatch import Pass, estimate_bytes, run_once
 from megatron_llep.cost_model import CostModel
 from megatron_llep.planner import Topology
@@ -103,6 +104,7 @@ def measure_model(
 
     Raises:
         TooLargeError: the largest rank does not fit on the device.
+        RuntimeError: the experts compute something else.
     """
     shape = model.layer
     cases = {
@@ -126,10 +128,13 @@ def measure_model(
         device=device,
     )
     rows = torch.empty(pairs, shape.hidden, dtype=torch.bfloat16, device=device).normal_()
+    num_native = shape.num_experts // NUM_RANKS
+    for load in {max(every, key=sum), max(every, key=len)}:
+        check_experts(experts, slab.first(len(load)), rows[: sum(load)], list(load), num_native)
     progress = _Progress(sum(map(sum, every)), f"{model.name}, {experts_name}")
     found = []
     for workload, of_one in cases.items():
-        timed = time_loads(loads[workload], experts, slab, rows, rounds)
+        timed = time_loads(loads[workload], experts, slab, rows, rounds, num_native=num_native)
         for case in of_one:
             found.append(_make_row(case, timed, model, experts_name, cost))
         progress.advance(workload, sum(map(sum, loads[workload])), len(loads[workload]))
@@ -137,7 +142,13 @@ def measure_model(
 
 
 def time_loads(
-    loads: Sequence[Load], experts: Experts, slab: Slab, rows: torch.Tensor, rounds: int
+    loads: Sequence[Load],
+    experts: Experts,
+    slab: Slab,
+    rows: torch.Tensor,
+    rounds: int,
+    *,
+    num_native: int,
 ) -> dict[Load, Timed]:
     """Run every load in every round, beginning with another one each time."""
     passes: dict[Load, list[Pass]] = {load: [] for load in loads}
@@ -145,7 +156,9 @@ def time_loads(
         shift = turn % len(loads)
         for load in [*loads[shift:], *loads[:shift]]:
             for _ in range(_MOST_TRIES):
-                one = run_once(experts, slab.first(len(load)), rows[: sum(load)], list(load))
+                one = run_once(
+                    experts, slab.first(len(load)), rows[: sum(load)], list(load), num_native
+                )
                 if not one.device_allocations:
                     break
             if turn:  # the first one warms up

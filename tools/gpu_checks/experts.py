@@ -1,4 +1,4 @@
-"""One rank's experts on torch's grouped GEMM: native and foreign slots in one slab.
+"""One rank's experts in LLEP's grouped GEMMs.
 
 Shape letters: G slots in use, N (token, expert) pairs sorted by slot, H hidden size, F inner size.
 
@@ -7,15 +7,20 @@ weight gradients added to fp32 buffers as Megatron's main_grad. The router's pro
 out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Any
 
 import torch
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import silu
 
-Backward = Callable[[torch.Tensor], torch.Tensor]
-"""Gradient of the output [N, H] -> of the rows [N, H]; adds to the slab's gradients. Once."""
+from megatron_llep.grouped_linear import Groups, grouped_linear
+
+Outputs = list[torch.Tensor]
+"""[n, H] of each part of the slots, in order; N rows in all."""
+
+Backward = Callable[[torch.Tensor], Outputs]
+"""Gradient of the outputs [N, H] -> of the rows, by part; adds to the slab's gradients. Once."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,61 +65,73 @@ class Slab:
         return sum(tensor.nbytes for tensor in vars(self).values())
 
 
-Experts = Callable[[Slab, torch.Tensor, list[int]], tuple[torch.Tensor, Backward]]
-"""(slab of G slots, rows [N, H], tokens of each of the G slots) -> (output [N, H], backward)."""
+Experts = Callable[[Slab, torch.Tensor, list[int], int], tuple[Outputs, Backward]]
+"""(slab of G slots, rows [N, H], tokens of each of the G slots, how many of these are native) ->
+(outputs, backward)."""
 
 
-def run_grouped_mm(
-    slab: Slab, rows: torch.Tensor, tokens: list[int]
-) -> tuple[torch.Tensor, Backward]:
-    """Forward with `torch.nn.functional.grouped_mm`, and the backward to it."""
-    ends = torch.tensor(list(accumulate(tokens)), dtype=torch.int32)
-    ends = ends.to(rows.device, non_blocking=True)
-    used = [slot for slot, count in enumerate(tokens) if count]
-    inner = grouped_mm(rows, slab.fc1.transpose(1, 2), offs=ends)
-    activated = activate(inner)
-    output = grouped_mm(activated, slab.fc2.transpose(1, 2), offs=ends)
-    saved = [rows, inner, activated]
-
-    def backward(grad: torch.Tensor) -> torch.Tensor:
-        rows, inner, activated = saved
-        saved.clear()
-        grad_activated = grouped_mm(grad, slab.fc2, offs=ends)
-        _add_weight_gradients(slab.fc2_grad, grad, activated, ends, used)
-        del activated
-        grad_inner = activate_backward(grad_activated, inner)
-        del grad_activated, inner
-        grad_rows = grouped_mm(grad_inner, slab.fc1, offs=ends)
-        _add_weight_gradients(slab.fc1_grad, grad_inner, rows, ends, used)
-        return grad_rows
-
-    return output, backward
+def run_apart(
+    slab: Slab, rows: torch.Tensor, tokens: list[int], num_native: int
+) -> tuple[Outputs, Backward]:
+    """As LLEP computes the experts of a `SequentialMLP`: natives, then lent ones if there are."""
+    natives, lent = slice(num_native), slice(num_native, None)
+    return _run_grouped_mm(slab, rows, tokens, [natives, lent][: 1 + bool(tokens[lent])])
 
 
-def activate(inner: torch.Tensor) -> torch.Tensor:
-    """SwiGLU: [N, 2F] -> [N, F]."""
-    gate, up = inner.chunk(2, dim=1)
-    return silu(gate).mul_(up)
+def run_together(
+    slab: Slab, rows: torch.Tensor, tokens: list[int], num_native: int
+) -> tuple[Outputs, Backward]:
+    """Natives and lent experts in one GEMM, as they share one on Transformer Engine."""
+    return _run_grouped_mm(slab, rows, tokens, [slice(None)])
 
 
-def activate_backward(grad: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    """Gradient of `activate`: [N, F], which it uses up, and [N, 2F] -> [N, 2F]."""
-    gate, up = inner.chunk(2, dim=1)
-    grad_inner = torch.empty_like(inner)
-    grad_gate, grad_up = grad_inner.chunk(2, dim=1)
-    torch.mul(grad, silu(gate), out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad.mul_(up), gate))
-    return grad_inner
+def _run_grouped_mm(
+    slab: Slab, rows: torch.Tensor, tokens: list[int], parts: Sequence[slice]
+) -> tuple[Outputs, Backward]:
+    """Each part of the slots by itself; in backward the last one first, as in autograd's order."""
+    sizes = [sum(tokens[part]) for part in parts]
+    leaves = [part.detach().requires_grad_() for part in rows.split(sizes)]
+    outputs = []
+    for part, leaf in zip(parts, leaves, strict=True):
+        groups = Groups.of(tokens[part], rows.device)
+        inner = grouped_linear(leaf, _as_parameters(slab.fc1[part], slab.fc1_grad[part]), groups)
+        fc2 = _as_parameters(slab.fc2[part], slab.fc2_grad[part])
+        outputs.append(grouped_linear(Activation.apply(inner), fc2, groups))
+
+    def backward(grad: torch.Tensor) -> Outputs:
+        for output, part in reversed(list(zip(outputs, grad.split(sizes), strict=True))):
+            output.backward(part)
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    return list(outputs), backward
 
 
-def _add_weight_gradients(
-    total: torch.Tensor,
-    grad: torch.Tensor,
-    inputs: torch.Tensor,
-    ends: torch.Tensor,
-    used: list[int],
-) -> None:
-    """Add [G, A, B] += gradient [N, A], transposed, times inputs [N, B], slot by slot."""
-    found = grouped_mm(grad.t(), inputs, offs=ends)
-    for slot in used:
-        total[slot].add_(found[slot])
+def _as_parameters(weights: torch.Tensor, grads: torch.Tensor) -> list[torch.nn.Parameter]:
+    """Slots' weights [G, out, in] as Megatron's DDP has them; new ones, without a gradient."""
+    parameters = [torch.nn.Parameter(weight) for weight in weights]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        marked: Any = parameter
+        marked.main_grad, marked.grad_added_to_main_grad = grad, False
+    return parameters
+
+
+class Activation(torch.autograd.Function):
+    """SwiGLU that keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: torch.Tensor) -> torch.Tensor:
+        """[N, 2F] -> [N, F]."""
+        ctx.save_for_backward(inner)
+        gate, up = inner.chunk(2, dim=1)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        """[N, F], which it uses up -> [N, 2F]."""
+        (inner,) = ctx.saved_tensors
+        gate, up = inner.chunk(2, dim=1)
+        grad_inner = torch.empty_like(inner)
+        grad_gate, grad_up = grad_inner.chunk(2, dim=1)
+        torch.mul(grad, silu(gate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad.mul_(up), gate))
+        return grad_inner

@@ -15,7 +15,7 @@ from gpu_checks.demands import (
     format_time_table,
 )
 from gpu_checks.environment import is_installed
-from gpu_checks.experts import Experts, run_grouped_mm
+from gpu_checks.experts import Experts, run_apart, run_together
 from gpu_checks.rank_work import PLAIN
 from gpu_checks.section import Section
 from gpu_checks.te_experts import TransformerEngineExperts
@@ -23,10 +23,11 @@ from megatron_llep.cost_model import CostModel
 from megatron_llep.simulator.models import ModelShape
 
 KINDS: dict[str, Callable[[], Experts]] = {
-    "grouped_mm": lambda: run_grouped_mm,
+    "grouped_mm": lambda: run_apart,
+    "one_slab": lambda: run_together,
     "te": TransformerEngineExperts,
 }
-"""Ways to compute a rank's experts, each made anew for a model."""
+"""Ways to compute a rank's experts, each made anew for a model. `one_slab` is none of LLEP's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpu_checks.experts import Backward, Slab, activate, activate_backward
+from gpu_checks.experts import Activation, Backward, Outputs, Slab
 
 
 class TransformerEngineExperts:
@@ -23,19 +23,19 @@ class TransformerEngineExperts:
         self._modules: dict[tuple[int, int], tuple[torch.nn.Module, torch.nn.Module]] = {}
 
     def __call__(
-        self, slab: Slab, rows: torch.Tensor, tokens: list[int]
-    ) -> tuple[torch.Tensor, Backward]:
+        self, slab: Slab, rows: torch.Tensor, tokens: list[int], num_native: int
+    ) -> tuple[Outputs, Backward]:
         """Forward, and the backward to it."""
         fc1, fc2 = self._get_modules(slab)
         leaf = rows.detach().requires_grad_()
-        output = fc2(_Activation.apply(fc1(leaf, tokens)), tokens)
+        output = fc2(Activation.apply(fc1(leaf, tokens)), tokens)
 
-        def backward(grad: torch.Tensor) -> torch.Tensor:
+        def backward(grad: torch.Tensor) -> Outputs:
             output.backward(grad)
             assert leaf.grad is not None
-            return leaf.grad
+            return [leaf.grad]
 
-        return output, backward
+        return [output], backward
 
     def _get_modules(self, slab: Slab) -> tuple[torch.nn.Module, torch.nn.Module]:
         key = (slab.fc1.data_ptr(), len(slab.fc1))
@@ -63,17 +63,3 @@ class TransformerEngineExperts:
             parameter.main_grad = grads[slot]
             setattr(module, f"weight{slot}", parameter)
         return module
-
-
-class _Activation(torch.autograd.Function):
-    """SwiGLU that keeps its input alone."""
-
-    @staticmethod
-    def forward(ctx: Any, inner: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(inner)
-        return activate(inner)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (inner,) = ctx.saved_tensors
-        return activate_backward(grad, inner)
