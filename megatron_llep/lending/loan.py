@@ -34,11 +34,12 @@ from megatron_llep.lending.packing import (
     count_by_peer,
     count_numbers,
     find_parts,
+    make_buffers,
     pack,
     split_experts,
     split_pieces,
+    sum_shards,
     unpack,
-    view_piece,
 )
 from megatron_llep.lending.route import Exchange, Piece, Route
 from megatron_llep.lending.side_stream import SideStream
@@ -127,9 +128,9 @@ class Loan:
             first, *second = self.route.exchanges
             whole = self._arrives_whole()
             buffers = [
-                self._make_buffers(first, self._weights, incoming=self._weights if whole else None)
+                make_buffers(first, self._weights, incoming=self._weights if whole else None)
             ]
-            buffers += [self._make_buffers(exchange, self._weights) for exchange in second]
+            buffers += [make_buffers(exchange, self._weights) for exchange in second]
             self._start(self._fetch(buffers), buffers)
 
     def continue_fetch(self) -> None:
@@ -186,11 +187,9 @@ class Loan:
         with step("return.start"):
             like = self._grads.new_empty(0, dtype=self._grad_dtype)
             first, *second = (exchange.reverse() for exchange in self.route.exchanges)
-            buffers = [self._make_buffers(exchange, like) for exchange in second]
+            buffers = [make_buffers(exchange, like) for exchange in second]
             as_they_are = self._arrives_whole() and self._grads.dtype == like.dtype
-            buffers.append(
-                self._make_buffers(first, like, outgoing=self._grads if as_they_are else None)
-            )
+            buffers.append(make_buffers(first, like, outgoing=self._grads if as_they_are else None))
             self._returned = buffers[-1][1]
             sums = self._grads.new_empty(count_numbers(self._find_own_shards()))
             self._start(self._return(buffers, sums), [*buffers, (sums,)])
@@ -246,28 +245,19 @@ class Loan:
         for exchange, (outgoing, incoming) in zip(second, buffers[:-1], strict=True):
             pack(self._grads, exchange.sends, outgoing, self._width)
             yield self._exchange(exchange, outgoing, incoming)
-            self._sum_shards(incoming, exchange.receives, sums)
+            sum_shards(
+                self._grads,
+                self._find_own_shards(),
+                incoming,
+                exchange.receives,
+                sums,
+                rank=dist.get_rank(self._group),
+                width=self._width,
+            )
         outgoing, incoming = buffers[-1]
         if outgoing is not self._grads:
             pack(self._grads, first.sends, outgoing, self._width)
         yield self._exchange(first, outgoing, incoming)
-
-    def _sum_shards(
-        self, incoming: torch.Tensor, pieces: tuple[Piece, ...], sums: torch.Tensor
-    ) -> None:
-        """Put the sum over borrowers, by rank, in place of this rank's own shards."""
-        shards = self._find_own_shards()
-        own = {piece.expert: view_piece(self._grads, piece, self._width) for piece in shards}
-        totals = dict(zip(own, split_pieces(sums, shards), strict=True))
-        rank = dist.get_rank(self._group)
-        terms = [(rank, slot, shard) for slot, shard in own.items()]
-        for piece, values in zip(pieces, split_pieces(incoming, pieces), strict=True):
-            terms.append((piece.peer, piece.expert, values))
-        sums.zero_()
-        for _, slot, values in sorted(terms, key=lambda term: term[:2]):
-            totals[slot].add_(values)
-        for slot, shard in own.items():
-            shard.copy_(totals[slot])
 
     def _start(
         self, steps: Iterator[dist.Work], buffers: Sequence[tuple[torch.Tensor, ...]]
@@ -285,21 +275,6 @@ class Loan:
         assert self._transfer is not None
         self._transfer.finish()
         self._transfer = None
-
-    def _make_buffers(
-        self,
-        exchange: Exchange,
-        like: torch.Tensor,
-        *,
-        outgoing: torch.Tensor | None = None,
-        incoming: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is sent, and what is received; allocated unless given."""
-        if outgoing is None:
-            outgoing = like.new_empty(count_numbers(exchange.sends))
-        if incoming is None:
-            incoming = like.new_empty(count_numbers(exchange.receives))
-        return outgoing, incoming
 
     def _exchange(
         self, exchange: Exchange, outgoing: torch.Tensor, incoming: torch.Tensor

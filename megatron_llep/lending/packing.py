@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from megatron_llep.lending.route import Piece
+from megatron_llep.lending.route import Exchange, Piece
 
 Weights = tuple[torch.Tensor, ...]
 
@@ -66,6 +66,21 @@ def view_piece(slots: torch.Tensor, piece: Piece, width: int) -> torch.Tensor:
     return slots[first + piece.start : first + piece.stop]
 
 
+def make_buffers(
+    exchange: Exchange,
+    like: torch.Tensor,
+    *,
+    outgoing: torch.Tensor | None = None,
+    incoming: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is sent in an exchange, and what is received; allocated unless given."""
+    if outgoing is None:
+        outgoing = like.new_empty(count_numbers(exchange.sends))
+    if incoming is None:
+        incoming = like.new_empty(count_numbers(exchange.receives))
+    return outgoing, incoming
+
+
 def pack(slots: torch.Tensor, pieces: Sequence[Piece], outgoing: torch.Tensor, width: int) -> None:
     """Copy pieces of the slots to what travels, whatever its dtype."""
     for piece, part in zip(pieces, split_pieces(outgoing, pieces), strict=True):
@@ -78,3 +93,36 @@ def unpack(
     """Copy what travelled to its places in the slots."""
     for piece, part in zip(pieces, split_pieces(incoming, pieces), strict=True):
         view_piece(slots, piece, width).copy_(part)
+
+
+def sum_shards(
+    slots: torch.Tensor,
+    shards: Sequence[Piece],
+    incoming: torch.Tensor,
+    pieces: Sequence[Piece],
+    sums: torch.Tensor,
+    *,
+    rank: int,
+    width: int,
+) -> None:
+    """Put the sum over all borrowers, by rank, in place of this rank's shards.
+
+    Args:
+        slots: [F * W] gradients of this rank's foreign experts.
+        shards: the parts of them that this rank sums.
+        incoming: [n] the same parts of other borrowers' gradients, in any dtype.
+        pieces: what they are, by peer.
+        sums: room for the shards.
+        rank: this one.
+        width: W.
+    """
+    own = {piece.expert: view_piece(slots, piece, width) for piece in shards}
+    totals = dict(zip(own, split_pieces(sums, shards), strict=True))
+    terms = [(rank, slot, shard) for slot, shard in own.items()]
+    for piece, values in zip(pieces, split_pieces(incoming, pieces), strict=True):
+        terms.append((piece.peer, piece.expert, values))
+    sums.zero_()
+    for _, slot, values in sorted(terms, key=lambda term: term[:2]):
+        totals[slot].add_(values)
+    for slot, shard in own.items():
+        shard.copy_(totals[slot])
