@@ -3,6 +3,7 @@
 Letters: T tokens of this rank, E experts, H hidden size.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.experts import GroupedMM, make_lendable
-from megatron_llep.lending import Loan, SharedLending, gate, lend, recall, relay, settle
+from megatron_llep.lending import Loan, SharedLending, Weights, gate, lend, recall, relay, settle
 from megatron_llep.metrics import record_exchange, record_plan
 from megatron_llep.ranges import step
 from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
@@ -87,7 +88,14 @@ class LLEPMoELayer(MoELayer):
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._experts_are_reduced = pg_collection.expt_dp.size() > 1
-        # Lives between preprocess and combine of one forward.
+        # What the host reads off the experts while counts travel: from route to preprocess.
+        self._natives: list[Weights] = []
+        self._parameter_hooks: list[Callable[[], object]] = []
+        # Of shared experts that do not overlap: up to route, and from there to postprocess.
+        self._shared_input: torch.Tensor | None = None
+        self._shared_output: torch.Tensor | None = None
+        # From preprocess to dispatch, and to combine.
+        self._decision: Decision | None = None
         self._loan: Loan | None = None
         self._micro_batches = 0
 
@@ -101,10 +109,18 @@ class LLEPMoELayer(MoELayer):
             outputs[0].register_hook(lambda _: progress.enter(f"backward of {place}"))
         return outputs
 
+    def shared_experts_compute(self, hidden_states: torch.Tensor) -> None:
+        """Put shared experts off until counts travel: the GPU has work while the host plans.
+
+        Megatron computes them before it routes. Gradients of the layer's input still add up in that
+        order, to the same bits, as the node of this view is older than the router's.
+        """
+        self._shared_input = hidden_states.view_as(hidden_states)
+
     def route(
         self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose experts by Megatron's router, and start counting: `preprocess` needs all counts.
+        """Choose experts by Megatron's router, start counting, compute shared experts meanwhile.
 
         Args:
             hidden_states: [..., H], T tokens.
@@ -114,7 +130,10 @@ class LLEPMoELayer(MoELayer):
             Probabilities [T, E] and the routing map, bool [T, E].
         """
         probs, routing_map = super().route(hidden_states, padding_mask)
-        self.token_dispatcher.start_count(routing_map, trains=self.lendable.trains())
+        self._start_count(routing_map)
+        if self._shared_input is not None:
+            self._shared_output = super().shared_experts_compute(self._shared_input)
+            self._shared_input = None
         return probs, routing_map
 
     def preprocess(
@@ -127,13 +146,15 @@ class LLEPMoELayer(MoELayer):
             probs: [T, E].
             routing_map: bool [T, E].
         """
-        decision = self.token_dispatcher.decide(routing_map, trains=self.lendable.trains())
+        if not self.token_dispatcher.is_counting(routing_map):
+            self._start_count(routing_map)
+        self._decision = decision = self.token_dispatcher.decide(routing_map)
         self.lendable.check_trainers(decision.trainers)
-        self._record(decision)
-        natives = self.lendable.weights()
+        natives, self._natives = self._natives, []
         self._loan = None
         if not decision.plan.is_fallback:
-            self.lendable.wait_for_parameters()
+            for wait in self._parameter_hooks:
+                wait()
             self._loan = Loan(
                 decision.plan,
                 natives,
@@ -160,9 +181,13 @@ class LLEPMoELayer(MoELayer):
     def dispatch(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `MoELayer.dispatch`."""
+        """As `MoELayer.dispatch`; notes what was decided, which nothing has to wait for now."""
         with step("dispatch"):
-            return super().dispatch(hidden_states, probs)
+            dispatched = super().dispatch(hidden_states, probs)
+        decision, self._decision = self._decision, None
+        if decision is not None:
+            self._record(decision)
+        return dispatched
 
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -185,6 +210,20 @@ class LLEPMoELayer(MoELayer):
         with step("combine"):
             output = super().combine(output)
         return output if loan is None else recall(loan, output)
+
+    def postprocess(
+        self, output: torch.Tensor, shared_expert_output: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `MoELayer.postprocess`, with the shared experts' output of `route`."""
+        assert shared_expert_output is None, "shared experts are computed in route"
+        shared_expert_output, self._shared_output = self._shared_output, None
+        return super().postprocess(output, shared_expert_output)
+
+    def _start_count(self, routing_map: torch.Tensor) -> None:
+        """Start counting; meanwhile the host does what needs no plan."""
+        self.token_dispatcher.start_count(routing_map, trains=self.lendable.trains())
+        self._natives = self.lendable.weights()
+        self._parameter_hooks = self.lendable.parameter_hooks()
 
     def _count_forward(self) -> str:
         """This forward, in words; a recomputed one is not counted again."""

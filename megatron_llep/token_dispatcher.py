@@ -127,16 +127,18 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         most = len(routing_map) * self.config.moe_router_topk
         self._counting = table, list_pairs(routing_map, most)
 
-    def decide(self, routing_map: torch.Tensor, *, trains: bool = True) -> Decision:
-        """Plan from all ranks' counts: one small all-gather and one host copy.
+    def is_counting(self, routing_map: torch.Tensor) -> bool:
+        """Whether `start_count` was given this map, and `decide` was not yet called."""
+        return self._counting is not None and self._counting[0].routing_map is routing_map
+
+    def decide(self, routing_map: torch.Tensor) -> Decision:
+        """Plan from all ranks' counts, which are started first if they were not.
 
         Args:
             routing_map: bool [T, E].
-            trains: whether this rank's experts need weight gradients; not asked for where
-                `start_count` was given this map.
         """
-        if self._counting is None or self._counting[0].routing_map is not routing_map:
-            self.start_count(routing_map, trains=trains)
+        if not self.is_counting(routing_map):
+            self.start_count(routing_map)
         assert self._counting is not None
         (table, pairs), self._counting = self._counting, None
         with step("count.wait"):
@@ -200,7 +202,6 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             self.llep.token_assignment,
             self.topology,
         )
-        self._set_splits(decision, to_ranks)
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states.view(self.hidden_shape))
         chunks = order_chunks(
@@ -208,10 +209,10 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         )
         self._placement = placement = place_tokens(routing_map, chunks, decision.pairs)
         self.reversed_local_input_permutation_mapping = placement.token_index
-        return (
-            gather_rows(hidden_states, placement),
-            probs.reshape(-1).index_select(0, placement.pair_index),
-        )
+        rows = gather_rows(hidden_states, placement)
+        probs = probs.reshape(-1).index_select(0, placement.pair_index)
+        self._set_splits(decision, to_ranks)  # while the GPU gathers
+        return rows, probs
 
     @property
     def num_foreign(self) -> int:

@@ -6,6 +6,7 @@ H hidden size, M native slots, S foreign slots, F <= S foreign experts (other sl
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import ClassVar
 
 import numpy as np
@@ -41,7 +42,7 @@ class LendableExperts(ABC):
         """Of the weights."""
         return next(self.module.parameters()).dtype
 
-    @property
+    @cached_property
     def expert_bytes(self) -> int:
         """Size of one expert's weights on this rank."""
         return sum(weight.nbytes for weight in self.weights()[0])
@@ -70,14 +71,16 @@ class LendableExperts(ABC):
                 "(without --moe-grouped-gemm)"
             )
 
-    def wait_for_parameters(self) -> None:
-        """Run the hooks by which `--overlap-param-gather` waits for a parameter's values.
+    def parameter_hooks(self) -> list[Callable[[], object]]:
+        """The hooks by which `--overlap-param-gather` waits for a parameter's values.
 
         Lending reads the weights before the modules' own forward, which would run them.
         """
-        for submodule in self.module.modules():
-            for hook in submodule._forward_pre_hooks.values():
-                hook(submodule, ())
+        return [
+            partial(hook, submodule, ())
+            for submodule in self.module.modules()
+            for hook in submodule._forward_pre_hooks.values()
+        ]
 
     @abstractmethod
     def weights(self) -> list[Weights]:

@@ -7,9 +7,10 @@ A built `SequentialMLP` becomes a `GroupedMM` in place: its parameters, and with
 checkpoints, initialisation, optimizer and data parallelism, stay as they are.
 
 Natives are one grouped GEMM per linear and direction, foreign experts another, on ranks that have
-some. One for both would need all weights at equal distances in one storage, natives and foreign
-slots together: either room for S foreign experts in every layer all the time, as much memory as
-the natives for S = M, or a copy of M experts per GEMM. Neither is worth one launch.
+some, so that natives are computed while foreign weights travel, and while gradients return. One for
+both would have to wait for them, and would need all weights at equal distances in one storage:
+either room for S foreign experts in every layer all the time, as much memory as the natives for
+S = M, or a copy of M experts per GEMM. Neither is worth one launch.
 
 The natives' weights are laid out at equal distances when the module is converted, and multiplied
 where they lie. Megatron's distributed optimizer moves parameters into a buffer of its own, last one

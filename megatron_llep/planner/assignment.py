@@ -41,9 +41,13 @@ def sends(
         ValueError: unknown order, R is not a multiple of P, or P not one of `ranks_per_node`.
     """
     tp = _sources_per_rank(plan, counts_by_source, order)
+    tokens = np.zeros_like(plan.quota)
+    if plan.is_fallback:
+        expert = np.arange(plan.num_experts)
+        tokens[expert, expert // plan.experts_per_rank] = counts_by_source[source]
+        return tokens
     # Of many replicas' experts a source uses few.
     used = np.flatnonzero(counts_by_source[source])
-    tokens = np.zeros_like(plan.quota)
     reach = _reach(plan.num_ranks, order, topology)
     for size, sent, taken in _rounds(counts_by_source[:, used], plan.quota[used], reach):
         first = source // tp // size * size
@@ -77,6 +81,8 @@ def receives(
     """
     tp = _sources_per_rank(plan, counts_by_source, order)
     M = plan.experts_per_rank
+    if plan.is_fallback:
+        return counts_by_source[:, rank * M : (rank + 1) * M].astype(np.int64)
     foreign = plan.foreign_experts[rank]
     held = np.concatenate([np.arange(rank * M, (rank + 1) * M), foreign[foreign >= 0]])
     tokens = np.zeros((len(counts_by_source), M + plan.max_foreign), dtype=np.int64)

@@ -167,7 +167,7 @@ def test_fresh_weights_are_lent_under_overlapped_gather(waits):
         plain = train(GATHER)
         with pytest.MonkeyPatch.context() as monkeypatch:
             if not waits:
-                monkeypatch.setattr(LendableExperts, "wait_for_parameters", lambda self: None)
+                monkeypatch.setattr(LendableExperts, "parameter_hooks", lambda self: [])
             lending = train_with_llep(GATHER)
         assert lending.observed.transfers > 0
         try:

@@ -15,22 +15,23 @@ from support.spread import use_spread_experts
 
 TOKENS_BACK = "_AllToAllBackward"
 """Megatron's autograd node of a token exchange."""
-NATIVES, NATIVES_BACK = "natives", "natives, backward"
+NATIVES, NATIVES_BACK, SHARED = "natives", "natives, backward", "shared experts"
 
 
 def name_steps(rank, size, llep):
     """LLEP's ranges, and the backward of token exchanges, in the order in which they begin."""
     with use_layout(Layout(ep=4)), pytest.MonkeyPatch.context() as monkeypatch:
         use_spread_experts(monkeypatch)
-        layer = build_layer(Layout(ep=4), rank, 0.0)
+        layer = build_layer(Layout(ep=4), rank, 0.0, moe_shared_expert_intermediate_size=16)
         convert_model([layer], llep)
         layer.experts.register_forward_hook(mark_natives)
+        layer.shared_experts.register_forward_hook(mark_shared)
         generator = torch.Generator().manual_seed(rank)
         hidden = torch.rand(T, 1, H, generator=generator, dtype=torch.float64, requires_grad=True)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             output, _ = layer(hidden)
             output.sum().backward()
-        names = (TOKENS_BACK, NATIVES, NATIVES_BACK)
+        names = (TOKENS_BACK, NATIVES, NATIVES_BACK, SHARED)
         found = [
             event
             for event in profiled.events()
@@ -38,6 +39,12 @@ def name_steps(rank, size, llep):
         ]
         found.sort(key=lambda event: event.time_range.start)
         return [event.name.removeprefix("llep/") for event in found]
+
+
+def mark_shared(*_):
+    """Name the end of the shared experts' forward."""
+    with record_function(SHARED):
+        pass
 
 
 def mark_natives(module, inputs, outputs):
@@ -52,8 +59,8 @@ def mark_natives(module, inputs, outputs):
     outputs[0].register_hook(mark)
 
 
-FORWARD = ["count.start", "count.wait", "plan", "lend.start", "place", "dispatch", "lend.next"]
-FORWARD += ["experts", NATIVES, "lend.wait", "combine"]
+FORWARD = ["count.start", SHARED, "count.wait", "plan", "lend.start", "place", "dispatch"]
+FORWARD += ["lend.next", "experts", NATIVES, "lend.wait", "combine"]
 
 
 @pytest.mark.parametrize("foreign_weights", ["keep", "refetch"])

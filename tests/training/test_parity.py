@@ -71,9 +71,15 @@ def test_planner_lla_and_rank_order():
     assert all(rank.transfers > 0 for rank in loans)
 
 
-def test_fallback_is_plain_megatron_bit_for_bit():
+@pytest.mark.parametrize("shared", [None, 32], ids=["routed", "shared"])
+def test_fallback_is_plain_megatron_bit_for_bit(shared):
     never = replace(EAGER, imbalance_threshold=100.0)
-    loans = compare(Run(layout=Layout(ep=2), routing=Routing("hot")), never, bitwise=True)
+    run = Run(
+        layout=Layout(ep=2),
+        routing=Routing("hot"),
+        config={"moe_shared_expert_intermediate_size": shared},
+    )
+    loans = compare(run, never, bitwise=True)
     assert all(rank.fallbacks == rank.plans > 0 for rank in loans)
 
 
