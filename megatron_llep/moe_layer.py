@@ -151,9 +151,10 @@ class LLEPMoELayer(MoELayer):
         self._decision = decision = self.token_dispatcher.decide(routing_map)
         self.lendable.check_trainers(decision.trainers)
         natives, self._natives = self._natives, []
+        parameter_hooks, self._parameter_hooks = self._parameter_hooks, []
         self._loan = None
         if not decision.plan.is_fallback:
-            for wait in self._parameter_hooks:
+            for wait in parameter_hooks:
                 wait()
             self._loan = Loan(
                 decision.plan,

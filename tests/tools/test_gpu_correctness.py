@@ -5,19 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.planner import make_plan
+from megatron_llep.workloads import route_tokens
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from gpu_checks.comparison import compare  # noqa: E402
-from gpu_checks.correctness import judge, merge  # noqa: E402
+from gpu_checks.comparison import LENDS_WHEREVER_IT_CAN, compare  # noqa: E402
+from gpu_checks.correctness import PLANNERS, WORKLOADS, judge, merge  # noqa: E402
 from gpu_checks.correctness_ranks import check_collectives  # noqa: E402
 from gpu_checks.lending_run import Kind, ModelSize, Outcome, run_model  # noqa: E402
 
@@ -60,6 +63,33 @@ def test_every_collective_was_tried_before():
     for found in run_ranks(work, 2):
         assert {"alltoall_base_", "_allgather_base_", "allreduce_"} <= found["called"]
         assert found["called"] <= found["tried"]
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("ep", [2, 4])
+def test_every_comparison_lends(ep, workload, planner):
+    """Else it would compare nothing, and fail."""
+    size, llep = ModelSize(), LENDS_WHEREVER_IT_CAN
+    routed = [
+        route_tokens(
+            workload,
+            num_ranks=ep,
+            num_experts=size.num_experts,
+            tokens_per_rank=size.sequence_length * size.micro_batch_size,
+            top_k=size.top_k,
+            rank=rank,
+        )
+        for rank in range(ep)
+    ]
+    counts = np.stack([np.bincount(r.ravel(), minlength=size.num_experts) for r in routed])
+    plan = make_plan(
+        counts,
+        planner=planner,
+        imbalance_threshold=llep.imbalance_threshold,
+        min_tokens_per_gemm=llep.min_tokens_per_gemm,
+    )
+    assert not plan.is_fallback
 
 
 def make_outcome(gradient, loss=1.0, lent=1):

@@ -10,6 +10,7 @@ from gpu_checks.lending_run import Kind, ModelSize, Outcome, run_model
 from megatron_llep.config import LLEPConfig
 from megatron_llep.experts import KINDS as LENDABLE
 
+LENDS_WHEREVER_IT_CAN = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
 _QUICK = ModelSize(hidden=32, ffn_hidden=64, num_experts=8, sequence_length=16, layers=1)
 
 
@@ -25,9 +26,9 @@ def compare_all(job: RankJob, device: torch.device) -> list[Comparison]:
                 in_fp32 = replace(kind, dtype=torch.float32)
                 exact = run_model(size, in_fp32, workload, None, device)
             for planner in job.planners:
-                llep = LLEPConfig(
+                llep = replace(
+                    LENDS_WHEREVER_IT_CAN,
                     planner=planner,
-                    min_tokens_per_gemm=1,
                     expert_gemm="grouped_mm" if kind.grouped_mm else "megatron",
                 )
                 lending = run_model(size, kind, workload, llep, device)

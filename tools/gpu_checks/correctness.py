@@ -4,10 +4,12 @@ import dataclasses
 
 import torch
 
-from gpu_checks.correctness_ranks import Comparison, RankJob, run_ranks
+from gpu_checks.correctness_ranks import Comparison, Planner, RankJob, run_ranks
 from gpu_checks.environment import is_installed
 from gpu_checks.section import Section
 
+WORKLOADS = ("hot-95-1", "hot-rank", "lognormal-2")
+PLANNERS: tuple[Planner, ...] = ("tolerant", "exact", "lla")
 MOST_LOSS, MOST_GRADIENT = 1e-5, 1e-4
 """fp32: relative differences from plain, as in the tests on CPUs."""
 MOST_LOSS_BF16, MOST_CONTROL = 5e-3, 2.0
@@ -27,8 +29,8 @@ def check_correctness(*, ep_sizes: tuple[int, ...], device: str, quick: bool) ->
             ep=ep,
             backend="nccl" if gpus >= ep else "gloo",
             quick=quick,
-            workloads=("hot-95-1",) if quick else ("hot-95-1", "hot-rank", "lognormal-2"),
-            planners=("tolerant",) if quick else ("tolerant", "exact", "lla"),
+            workloads=WORKLOADS[:1] if quick else WORKLOADS,
+            planners=PLANNERS[:1] if quick else PLANNERS,
             transformer_engine=gpus > 0 and is_installed("transformer_engine"),
         )
         print(f"EP={ep}: {describe_world(ep, gpus)}", flush=True)
