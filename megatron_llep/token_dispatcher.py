@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -32,9 +31,11 @@ from megatron_llep.placement import (
     Pairs,
     Placement,
     gather_rows,
+    join_by_source,
     list_pairs,
     order_chunks,
     place_tokens,
+    split_by_slot,
     sum_rows,
 )
 from megatron_llep.planner import (
@@ -222,14 +223,12 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def sort_by_slot(
         self, tokens: torch.Tensor, probs: torch.Tensor, parts: Sequence[int]
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        """As `dispatch_postprocess`, in several tensors, of which each covers some slots.
-
-        Cut afterwards, rows and gradients would be copied once more.
+        """As `dispatch_postprocess`, in a tensor for each part of the slots.
 
         Args:
             tokens: [N, H], as they arrived.
             probs: [N].
-            parts: slots that each tensor is to cover; M + S in all.
+            parts: how many slots each part has; M + S in all.
 
         Returns:
             Tokens [n, H] and probabilities [n] of each part, by slot, and int [M + S], the tokens
@@ -242,34 +241,15 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
                 output_split_sizes=self.output_splits_tp.tolist(),
             )
             tokens, probs = gather(tokens), gather(probs)
-        sizes = self.num_global_tokens_per_local_expert.ravel().tolist()
-        num_sources = len(self.num_global_tokens_per_local_expert)
-        token_chunks, prob_chunks = tokens.split(sizes), probs.split(sizes)
-        by_slot = iter(self.sort_input_by_local_experts.tolist())
-        rows = []
-        for num_slots in parts:
-            order = list(islice(by_slot, num_slots * num_sources))
-            rows.append(
-                (
-                    torch.cat([token_chunks[i] for i in order] or [tokens[:0]]),
-                    torch.cat([prob_chunks[i] for i in order] or [probs[:0]]),
-                )
-            )
-        return rows, self.tokens_per_expert
+        of_parts = (
+            split_by_slot(each, self.num_global_tokens_per_local_expert, parts)
+            for each in (tokens, probs)
+        )
+        return list(zip(*of_parts, strict=True)), self.tokens_per_expert
 
     def sort_by_source(self, outputs: Sequence[torch.Tensor], parts: Sequence[int]) -> torch.Tensor:
-        """As `combine_preprocess`, of outputs [n, H] in the parts of `sort_by_slot`: [N, H]."""
-        sizes = iter(self.num_global_tokens_per_local_expert.T.ravel().tolist())
-        num_sources = len(self.num_global_tokens_per_local_expert)
-        chunks: list[torch.Tensor] = []
-        slotless = []
-        for output, num_slots in zip(outputs, parts, strict=True):
-            if num_slots:
-                chunks += output.split(list(islice(sizes, num_slots * num_sources)))
-            else:  # on the way of the gradients all the same
-                slotless.append(output)
-        order = self.restore_output_by_local_experts.tolist()
-        hidden = torch.cat([*(chunks[i] for i in order), *slotless])
+        """As `combine_preprocess`, of outputs [n, H] of the same parts: [N, H]."""
+        hidden = join_by_source(outputs, self.num_global_tokens_per_local_expert, parts)
         if self.tp_size > 1:
             hidden = reduce_scatter_to_sequence_parallel_region(
                 hidden.to(self.probs.dtype),

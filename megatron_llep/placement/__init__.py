@@ -9,10 +9,12 @@ no sort over tokens is needed.
     order_chunks   plan -> chunks by slot               on the host
     place_tokens   pairs, chunks -> order of sending
     gather_rows    tokens -> rows in that order, and sum_rows back
+    split_by_slot  rows that arrived -> rows by slot, and join_by_source back
 
 On GPUs these are Triton kernels, on CPUs torch operators.
 """
 
+from megatron_llep.placement.arrivals import join_by_source, split_by_slot
 from megatron_llep.placement.chunks import order_chunks
 from megatron_llep.placement.rows import gather_rows, sum_rows
 from megatron_llep.placement.tokens import Pairs, Placement, list_pairs, place_tokens
@@ -21,8 +23,10 @@ __all__ = [
     "Pairs",
     "Placement",
     "gather_rows",
+    "join_by_source",
     "list_pairs",
     "order_chunks",
     "place_tokens",
+    "split_by_slot",
     "sum_rows",
 ]

@@ -1,11 +1,10 @@
-"""The critical path of tools/gpu_check.py: the work it times, the ranks it runs, how it judges.
+"""The critical path of tools/gpu_check.py: the work it times, and the ranks it runs.
 
 Letters: G slots, N pairs, H hidden size, F inner size.
 """
 
 import sys
 import types
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,7 @@ from megatron_llep.workloads import make_counts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-import gpu_check
-from gpu_checks import critical_path, demands, paths, rank_work
-from gpu_checks.critical_path import Row
+from gpu_checks import critical_path, rank_work
 from gpu_checks.experts import Slab, run_apart, run_together
 from gpu_checks.results import check_experts
 from gpu_checks.stopwatch import estimate_bytes, run_once
@@ -234,90 +231,6 @@ def test_too_large_a_model_is_refused_with_a_size_that_fits(monkeypatch):
     critical_path.check_fits(model, slots=34, pairs=pairs, device=cuda)
     with pytest.raises(critical_path.TooLargeError, match="weights alone"):
         critical_path.check_fits(model, slots=340, pairs=1_000_000, device=cuda)
-
-
-def make_row(workload, method, seconds, mib=1000, **changes):
-    fields = {
-        "model": "deepseek-v3",
-        "experts": "grouped_mm",
-        "workload": workload,
-        "method": method,
-        "imbalance": 1.0,
-        "lent": 0,
-        "forward_seconds": seconds / 3,
-        "expert_seconds": seconds,
-        "exchange_seconds": 0.0,
-        "lending_seconds": 0.0,
-        "returning_seconds": 0.0,
-        "plan_seconds": 0.0,
-        "peak_bytes": mib * 2**20,
-    }
-    return Row(**{**fields, **changes})
-
-
-# The hot one takes 7.6 s in all.
-BASE = [
-    make_row("balanced", "plain", 1.0),
-    make_row("hot-95-1", "plain", 6.6, mib=5000, exchange_seconds=1.0),
-]
-
-
-@pytest.mark.parametrize(
-    ("row", "slow"),
-    [
-        (make_row("hot-95-1", "tolerant", 7.6 / 5.2), False),
-        (make_row("hot-95-1", "tolerant", 7.6 / 5.0), True),
-        (make_row("hot-95-1", "tolerant", 7.6 / 5.2, returning_seconds=0.1), True),
-        (make_row("hot-95-1", "lla", 7.6 / 5.0), False),  # held to it is the default planner
-        (make_row("balanced", "lla", 1.019), False),
-        (make_row("balanced", "lla", 1.0, plan_seconds=0.021), True),
-    ],
-)
-def test_what_is_too_slow(row, slow):
-    assert bool(demands.find_slow([*BASE, row])) == slow
-
-
-def test_what_is_too_heavy():
-    rows = [
-        *BASE,
-        make_row("hot-95-1", "exact", 1.0, mib=1101),
-        make_row("hot-80-1", "exact", 1.0, mib=1099),
-    ]
-    (short,) = demands.find_heavy(rows)
-    assert "hot-95-1, exact: 1.10 of balanced" in short
-
-
-def test_the_tables_show_the_paper_beside_what_was_found():
-    rows = [*BASE, make_row("hot-95-1", "tolerant", 1.9, lending_seconds=0.1)]
-    line = demands.format_time_table(rows).splitlines()[-1].split()
-    assert line[3] == "tolerant"
-    speedup, forward, experts, paper = map(float, line[-4:])
-    assert speedup == pytest.approx(7.6 / 2.0, abs=0.01)
-    assert forward == pytest.approx((6.6 / 3 + 0.5) / (1.9 / 3 + 0.1), abs=0.01)
-    assert experts == pytest.approx(6.6 / 1.9, abs=0.01)
-    assert paper == 5.1
-    assert "5.00" in demands.format_memory_table(rows).splitlines()[2]
-
-
-def make_job(judged):
-    options = ["--device", "cpu", "--quick"]
-    job = gpu_check.make_path_job(gpu_check.build_parser().parse_args(options))
-    assert not job.judged
-    return replace(job, judged=judged)
-
-
-def test_demands_decide_only_where_they_apply(capsys):
-    rows = [*BASE, make_row("hot-95-1", "tolerant", 7.0, mib=4000)]
-    assert paths.judge_time(make_job(True), rows, []).state == "FAILED"
-    assert paths.judge_memory(make_job(True), rows).state == "FAILED"
-    assert paths.judge_time(make_job(False), rows, []).state == "not judged"
-    good = [*BASE, make_row("hot-95-1", "tolerant", 1.0)]
-    assert paths.judge_time(make_job(True), good, []).state == "passed"
-    assert paths.judge_time(make_job(True), good, ["te: too large"]).state == "FAILED"
-    assert paths.judge_memory(make_job(True), good).state == "passed"
-    unknown = [replace(row, peak_bytes=None) for row in rows]
-    assert paths.judge_memory(make_job(True), unknown).state == "skipped"
-    assert "one after another" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
