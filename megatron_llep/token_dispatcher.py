@@ -5,14 +5,14 @@ spread over replicas), P ranks that share the tokens, M = D * E / P native and S
 rank, R = P * tp sources (expert-parallel major; tp is the expert-tensor-parallel size), N pairs.
 
 The plan changes only which slot a (token, expert) pair goes to. With E experts replaced by
-P * (M + S) slots, Megatron's own exchange, gather, sort and combine work as they are; what is
-overridden here is where the slots and split sizes come from.
+P * (M + S) slots, Megatron's own exchange, gather and combine work as they are, and where nothing
+is lent its sort as well; what is overridden here is where the slots and split sizes come from.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -99,10 +99,16 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         )
         # pg_collection.ep may be several expert-parallel groups joined, each with all E experts.
         self.num_replicas = self.ep_size * num_local_experts // self.num_experts
+        # Megatron sorts what arrives where nothing is lent: chunks of M experts of R sources.
+        chunks = torch.arange(self.ep_size * num_local_experts * self.tp_size)
+        self.sort_input_by_local_experts = chunks.reshape(-1, num_local_experts).T.ravel()
+        self.restore_output_by_local_experts = chunks.reshape(num_local_experts, -1).T.ravel()
         self.cost = get_layer_cost(config, llep)
         self.decision: Decision | None = None
         # From the router to `decide` of one forward.
         self._counting: tuple[CountTable, Pairs] | None = None
+        # S of the last forward.
+        self.num_foreign = 0
         # From dispatch to combine of one forward.
         self._placement: Placement | None = None
 
@@ -195,7 +201,8 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         hidden_states = hidden_states.view(-1, self.hidden_shape[-1])
         self.hidden_shape_before_permute = hidden_states.shape
 
-        self._set_slots(decision.plan.max_foreign)
+        self.num_foreign = decision.plan.max_foreign
+        num_slots = self.num_native + self.num_foreign
         to_ranks = sends(
             decision.plan,
             decision.counts,
@@ -205,20 +212,13 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         )
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states.view(self.hidden_shape))
-        chunks = order_chunks(
-            to_ranks, slot_of_expert(decision.plan), self.num_local_experts, self.num_replicas
-        )
+        chunks = order_chunks(to_ranks, slot_of_expert(decision.plan), num_slots, self.num_replicas)
         self._placement = placement = place_tokens(routing_map, chunks, decision.pairs)
         self.reversed_local_input_permutation_mapping = placement.token_index
         rows = gather_rows(hidden_states, placement)
         probs = probs.reshape(-1).index_select(0, placement.pair_index)
         self._set_splits(decision, to_ranks)  # while the GPU gathers
         return rows, probs
-
-    @property
-    def num_foreign(self) -> int:
-        """S of this forward."""
-        return self.num_local_experts - self.num_native
 
     def sort_by_slot(
         self, tokens: torch.Tensor, probs: torch.Tensor, parts: Sequence[int]
@@ -269,14 +269,6 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             output = output + self.shared_experts.get_output()
         return output
 
-    def _set_slots(self, num_foreign: int) -> None:
-        """Lay the parent's buffers out for M + S slots a rank."""
-        self.num_local_experts = self.num_native + num_foreign
-        self.num_experts = self.ep_size * self.num_local_experts
-        self.sort_input_by_local_experts, self.restore_output_by_local_experts = _chunk_orders(
-            self.num_local_experts, self.ep_size * self.tp_size
-        )
-
     def _set_splits(self, decision: Decision, to_ranks: np.ndarray) -> None:
         """Set the sizes of the parent's exchange and sort, all on the host."""
         from_sources = receives(
@@ -293,15 +285,6 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.output_splits = per_rank[self.tp_rank]
         self.output_splits_tp = per_rank.sum(axis=1)
         self.num_global_tokens_per_local_expert = torch.from_numpy(
-            per_slot.reshape(-1, self.num_local_experts)
+            per_slot.reshape(-1, self.num_native + self.num_foreign)
         )
         self.tokens_per_expert = torch.from_numpy(per_slot.sum(axis=(0, 1)))
-
-
-@lru_cache(maxsize=64)
-def _chunk_orders(slots_per_rank: int, num_sources: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Order of (source, slot) chunks by slot, and its inverse: int64 [R * (M + S)] each."""
-    chunks = torch.arange(num_sources * slots_per_rank)
-    by_slot = chunks.reshape(num_sources, slots_per_rank).T.ravel()
-    by_source = chunks.reshape(slots_per_rank, num_sources).T.ravel()
-    return by_slot, by_source
