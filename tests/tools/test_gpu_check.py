@@ -11,9 +11,25 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import gpu_check  # noqa: E402
-from gpu_checks.kernels import judge_pytest  # noqa: E402
+from gpu_checks.kernels import find_gpu_tests, judge_pytest  # noqa: E402
 from gpu_checks.placement import judge_placement  # noqa: E402
 from gpu_checks.section import Section, format_summary  # noqa: E402
+
+
+def test_the_gpu_tests_are_found_and_no_others():
+    """As pytest itself selects them from all tests, which takes every package they import."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    selected = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    found = {str(Path(path).relative_to(ROOT)) for path in find_gpu_tests(ROOT)}
+    assert selected
+    assert selected <= found
+    assert "tests/tools/test_prepare_corpus.py" not in found
 
 
 def test_the_verdict_on_the_gpu_tests():

@@ -22,9 +22,7 @@ def check_kernels(root: Path, *, device: str, limit_seconds: float) -> Section:
         if not is_installed(module):
             reason = f"{module} is not installed, and the tests import it"
             return Section(name=name, state="skipped", reason=reason)
-    # Others may import what this machine does not have.
-    files = [path for path in (root / "tests").rglob("test_*.py") if _MARK in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *map(str, sorted(files))]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *find_gpu_tests(root)]
     try:
         done = subprocess.run(
             command,
@@ -38,6 +36,12 @@ def check_kernels(root: Path, *, device: str, limit_seconds: float) -> Section:
         reason = f"pytest -m gpu took more than {limit_seconds:.0f} s"
         return Section(name=name, state="FAILED", reason=reason)
     return judge_pytest(done.returncode, done.stdout)
+
+
+def find_gpu_tests(root: Path) -> list[str]:
+    """The files with tests that need a GPU; others may import what this machine does not have."""
+    files = (root / "tests").rglob("test_*.py")
+    return sorted(str(path) for path in files if _MARK in path.read_text())
 
 
 def judge_pytest(code: int, output: str) -> Section:
