@@ -1,22 +1,15 @@
 """The command line of a training script: Megatron's flags, LLEP's, and what is refused."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
-from megatron_llep.training.data import check_data_arguments
 from megatron_llep.validation import check_config
 
-_UNSUPPORTED = {
-    "sft": "--sft: this script trains on GPT data; leave the flag out",
-    "dataloader_inter_document_masking": "--dataloader-inter-document-masking: packed sequences "
-    "are not supported by this script; leave the flag out",
-    "hybrid_context_parallel": "--hybrid-context-parallel: packed sequences are not supported by "
-    "this script; leave the flag out",
-}
 _UNSUPPORTED_WITH_LLEP = {
     "use_megatron_fsdp": "--use-megatron-fsdp: it shards the expert weights that LLEP lends; use "
     "Megatron's DDP with --use-distributed-optimizer",
@@ -24,9 +17,24 @@ _UNSUPPORTED_WITH_LLEP = {
     "Megatron's DDP with --use-distributed-optimizer",
 }
 
+_DATA_ARGUMENTS = (
+    "data_path",
+    "data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "per_split_data_args_path",
+)
 
-def read_arguments() -> tuple[Namespace, LLEPConfig]:
+
+def read_arguments(
+    add_arguments: Callable[[ArgumentParser], ArgumentParser], check: Callable[[Namespace], None]
+) -> tuple[Namespace, LLEPConfig]:
     """Read `sys.argv`, before any process group exists.
+
+    Args:
+        add_arguments: adds the script's own flags, besides LLEP's.
+        check: refuses what the script cannot do, in arguments as given.
 
     Returns:
         Megatron's arguments, validated and set as its global ones, and LLEP's settings.
@@ -34,9 +42,15 @@ def read_arguments() -> tuple[Namespace, LLEPConfig]:
     Raises:
         ValueError: what this script, or LLEP, cannot do; names flag, value and remedy.
     """
+
+    def add_all(parser: ArgumentParser) -> ArgumentParser:
+        return add_arguments(add_llep_arguments(parser))
+
     # Before Megatron's validation, whose assertions need not name a flag or a remedy ...
-    check_as_given(parse_args(add_llep_arguments))
-    args = parse_and_validate_args(add_llep_arguments, args_defaults={})
+    given = parse_args(add_all)
+    check_as_given(given)
+    check(given)
+    args = parse_and_validate_args(add_all, args_defaults={})
     llep = llep_config_from_args(args)
     # ... and after it: it derives some settings and may take others from a checkpoint.
     if llep.enabled:
@@ -45,7 +59,7 @@ def read_arguments() -> tuple[Namespace, LLEPConfig]:
 
 
 def check_as_given(args: Namespace) -> LLEPConfig:
-    """Check arguments that are parsed and not yet validated by Megatron.
+    """Check arguments that are parsed and not yet validated by Megatron, for any script.
 
     Returns:
         LLEP's settings.
@@ -54,16 +68,13 @@ def check_as_given(args: Namespace) -> LLEPConfig:
         ValueError: as `read_arguments`.
     """
     llep = llep_config_from_args(args)
-    unsupported = _UNSUPPORTED | (_UNSUPPORTED_WITH_LLEP if llep.enabled else {})
-    for name, message in unsupported.items():
-        if getattr(args, name):
-            raise ValueError(message)
+    if llep.enabled:
+        refuse_flags(args, _UNSUPPORTED_WITH_LLEP)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ValueError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains MoE "
             "layers under tensor parallelism only with --sequence-parallel; add that flag"
         )
-    check_data_arguments(args)
     if llep.enabled and not args.use_checkpoint_args:
         # Under the names of TransformerConfig, where they differ.
         renamed = {
@@ -72,3 +83,34 @@ def check_as_given(args: Namespace) -> LLEPConfig:
         }
         check_config(Namespace(**(vars(args) | renamed)), llep)
     return llep
+
+
+def refuse_flags(args: Namespace, messages: dict[str, str]) -> None:
+    """Refuse flags that are set.
+
+    Args:
+        args: parsed.
+        messages: by the flag's name in `args`.
+
+    Raises:
+        ValueError: the message.
+    """
+    for name, message in messages.items():
+        if getattr(args, name):
+            raise ValueError(message)
+
+
+def require_data(args: Namespace, kind: str, or_else: str = "") -> None:
+    """Refuse a command line that names no data.
+
+    Args:
+        args: parsed.
+        kind: what --data-path takes.
+        or_else: what else can be done, if anything.
+
+    Raises:
+        ValueError: names the flags to choose from.
+    """
+    if all(getattr(args, name) is None for name in _DATA_ARGUMENTS):
+        flags = ", ".join("--" + name.replace("_", "-") for name in _DATA_ARGUMENTS[1:])
+        raise ValueError(f"--data-path is missing: give {kind}, or one of {flags}{or_else}")

@@ -1,4 +1,4 @@
-"""The datasets of a GPT run, from Megatron's arguments."""
+"""The data of pretraining: Megatron's GPT datasets, from its arguments."""
 
 import json
 from argparse import Namespace
@@ -15,6 +15,8 @@ from megatron.training.utils.common_utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
 )
+
+from megatron_llep.training.arguments import refuse_flags, require_data
 
 # Fields of GPTDatasetConfig that Megatron's arguments hold under another name.
 _ARGUMENT_OF = {
@@ -40,28 +42,26 @@ _SAME_NAME = (
 )
 _FIM_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
 _FIM_RATES = ("fim_rate", "fim_spm_rate", "fim_split_sample", "fim_fragment_rate", "fim_no_prefix")
-_DATA_ARGUMENTS = (
-    "data_path",
-    "data_args_path",
-    "train_data_path",
-    "valid_data_path",
-    "test_data_path",
-    "per_split_data_args_path",
-)
+_PACKED = "packed sequences are not supported by this script; leave the flag out"
+_UNSUPPORTED = {
+    "sft": "--sft: this script trains on GPT data; leave the flag out, or use finetune/sft_gpt.py",
+    "dataloader_inter_document_masking": f"--dataloader-inter-document-masking: {_PACKED}",
+    "hybrid_context_parallel": f"--hybrid-context-parallel: {_PACKED}",
+}
 
 
-def check_data_arguments(args: Namespace) -> None:
-    """Refuse a command line that names no data, which Megatron would train on mock data.
+def check_pretraining(args: Namespace) -> None:
+    """Refuse what pretraining cannot do; Megatron would train on mock data if no data is named.
 
     Raises:
         ValueError: names the flags to choose from.
     """
-    if not args.mock_data and all(getattr(args, name) is None for name in _DATA_ARGUMENTS):
-        flags = ", ".join("--" + name.replace("_", "-") for name in _DATA_ARGUMENTS[1:])
-        raise ValueError(
-            "--data-path is missing: give the prefix of an indexed dataset (made by "
-            f"tools/prepare_corpus.py), or one of {flags}, or train on Megatron's mock data with "
-            "--mock-data"
+    refuse_flags(args, _UNSUPPORTED)
+    if not args.mock_data:
+        require_data(
+            args,
+            "the prefix of an indexed dataset (made by tools/prepare_corpus.py)",
+            or_else=", or train on Megatron's mock data with --mock-data",
         )
 
 

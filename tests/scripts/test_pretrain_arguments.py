@@ -12,6 +12,7 @@ from script_runs import tiny_flags
 
 from megatron_llep.integration.arguments import add_llep_arguments
 from megatron_llep.training.arguments import check_as_given, read_arguments
+from megatron_llep.training.data import check_pretraining
 
 LLEP = "--moe-llep"
 DATA = ["--mock-data"]
@@ -115,7 +116,7 @@ def test_bad_settings_name_flag_value_and_remedy(case, use_command_line):
     use_command_line(tiny_flags(*DATA, *flags))
     # The very call of the script: no assertion of Megatron's validation comes first.
     with pytest.raises(ValueError, match=r"^--") as error:
-        read_arguments()
+        read_arguments(lambda parser: parser, check_pretraining)
     assert str(error.value).startswith(named)
     assert remedy in str(error.value)
     assert not dist.is_initialized()
@@ -136,7 +137,7 @@ def test_the_shape_may_come_from_a_checkpoint(use_command_line):
 def test_data_must_be_named(use_command_line):
     use_command_line(tiny_flags())
     with pytest.raises(ValueError, match=r"--data-path is missing: .* --mock-data") as error:
-        read_arguments()
+        read_arguments(lambda parser: parser, check_pretraining)
     assert "tools/prepare_corpus.py" in str(error.value)
 
 
@@ -152,4 +153,4 @@ def test_data_must_be_named(use_command_line):
 )
 def test_every_way_to_name_data_passes(flags, use_command_line):
     use_command_line(tiny_flags(*flags))
-    check_as_given(parse_args(add_llep_arguments))
+    check_pretraining(parse_args(add_llep_arguments))

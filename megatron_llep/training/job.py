@@ -1,0 +1,83 @@
+"""A training script's run: flags, model, Megatron's loop. The scripts say only what differs."""
+
+import os
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.training import pretrain, set_startup_timestamps
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+from megatron_llep.device import is_cpu_device_installed
+from megatron_llep.progress import Progress
+from megatron_llep.training.arguments import read_arguments
+from megatron_llep.training.cpu_flags import flags_without_gpu
+from megatron_llep.training.errors import tell_place
+from megatron_llep.training.model import build_model_config
+from megatron_llep.training.peak_memory import report_peak_memory
+
+FlagSource = Callable[[Sequence[str]], list[str]]
+"""From the command line without the program's name: the flags to add to it."""
+
+
+def _add_nothing(parser: ArgumentParser) -> ArgumentParser:
+    return parser
+
+
+def _return_nothing(args: Namespace) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one script does within Megatron's loop."""
+
+    build_datasets: Callable[..., Any] | None
+    """Megatron's dataset provider; None where the loop makes its own data."""
+    forward_step: Callable[..., Any]
+    check: Callable[[Namespace], None]
+    """Refuses arguments as given, before Megatron validates them."""
+    add_arguments: Callable[[ArgumentParser], ArgumentParser] = _add_nothing
+    """The script's own flags."""
+    flag_sources: Sequence[tuple[str, FlagSource]] = field(default=())
+    """Flags that follow from others, each with the reason that is printed."""
+    loop_options: Callable[[Namespace], dict[str, Any]] = _return_nothing
+    """More keywords for `megatron.training.pretrain`, from validated arguments."""
+
+
+def run(job: Job, *, started: float) -> None:
+    """Read `sys.argv` and train.
+
+    Args:
+        job: what to train.
+        started: `time.time()` when the process began.
+
+    Raises:
+        ValueError: the command line asks for what cannot be done; before any process group exists.
+    """
+    sources = list(job.flag_sources)
+    if is_cpu_device_installed():
+        sources.append(("no GPU", flags_without_gpu))
+    for reason, find_flags in sources:
+        added = find_flags(sys.argv[1:])
+        sys.argv += added
+        if added and int(os.environ.get("RANK", "0")) == 0:
+            print(f"{reason}: added {' '.join(added)}", flush=True)
+    args, llep = read_arguments(job.add_arguments, job.check)
+    progress = Progress()
+    model_config = build_model_config(args, llep, progress)
+
+    set_startup_timestamps(program_start=started, main_entry=time.time())
+    with tell_place(args, progress):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            job.build_datasets,
+            ModelType.encoder_or_decoder,
+            job.forward_step,
+            **job.loop_options(args),
+        )
+    report_peak_memory()
