@@ -1,8 +1,9 @@
-"""Layers for machines without Transformer Engine: Megatron's own, with a norm for every layout.
+"""Layers for machines without Transformer Engine: Megatron's own, with two parts replaced.
 
 Megatron's local layers normalise with torch's norm wrapped in checks that refuse sequence
 parallelism, and so tensor parallelism with experts. The norm here marks its parameters as
 sequence parallel, which is all that Megatron needs to sum their gradients over the ranks.
+Megatron's local attention refuses packed sequences; ours takes them too.
 
 Shape letters: h = hidden size.
 """
@@ -16,11 +17,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_mtp_block_spec_for_backend,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_llep.integration.local_attention import PackedDotProductAttention
 
 _NORMS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
 
@@ -54,7 +58,7 @@ def build_norm(
 def build_local_block_spec(
     config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Spec of the layers of this pipeline stage: Megatron's local ones, with :func:`build_norm`.
+    """Spec of this pipeline stage's layers: Megatron's local ones, with our norm and attention.
 
     Dense layers (``moe_layer_freq``), shared experts and the norms of queries and keys are as
     Megatron's own builder makes them.
@@ -75,7 +79,7 @@ def build_local_block_spec(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
-    layers = [_replace_norms(layer) for layer in block.layer_specs]
+    layers = [_replace_modules(layer) for layer in block.layer_specs]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=build_norm)
 
 
@@ -98,12 +102,18 @@ class _LocalBackend(LocalSpecProvider):
         return build_norm
 
 
-def _replace_norms(spec: ModuleSpec) -> ModuleSpec:
-    """Copy a layer's spec with :func:`build_norm` wherever it holds Megatron's wrapped norm."""
+_REPLACED: dict[type, Any] = {
+    WrappedTorchNorm: build_norm,
+    DotProductAttention: PackedDotProductAttention,
+}
+
+
+def _replace_modules(spec: ModuleSpec) -> ModuleSpec:
+    """Copy a layer's spec with ours in the place of the modules that are replaced."""
     changes: dict[str, Any] = {}
     for name, value in vars(spec.submodules).items():
-        if value is WrappedTorchNorm:
-            changes[name] = build_norm
+        if isinstance(value, type) and value in _REPLACED:
+            changes[name] = _REPLACED[value]
         elif isinstance(value, ModuleSpec) and value.submodules is not None:
-            changes[name] = _replace_norms(value)
+            changes[name] = _replace_modules(value)
     return replace(spec, submodules=replace(spec.submodules, **changes))

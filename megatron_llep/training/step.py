@@ -1,35 +1,32 @@
 """One forward step of a GPT model, as Megatron's schedules call it.
 
-Letters: B sequences of a micro-batch, S tokens each.
+Letters: B sequences of a micro-batch, S tokens each; packed ones are one of B * S.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.core.utils import (
-    StragglerDetector,
-    get_attr_wrapped_model,
-    get_batch_on_this_cp_rank,
-    get_batch_on_this_tp_rank,
-)
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
-from megatron.training.utils.common_utils import is_first_or_last_pipeline_stage
 
-Batch = dict[str, torch.Tensor | None]
-_MODEL_INPUTS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+from megatron_llep.training.batch import Batch, get_batch
+
 # How many times the largest loss so far a loss must be for --check-for-spiky-loss to report it.
 _SPIKE = 10
 
 
 def forward_step(
-    data_iterator: Iterator[Batch] | None, model: GPTModel
+    data_iterator: Iterator[Batch] | None, model: GPTModel, *, packed: bool = False
 ) -> tuple[torch.Tensor, Callable]:
     """Run the model on the next micro-batch.
+
+    Args:
+        data_iterator: None where no data is read.
+        model: this rank's chunk.
+        packed: whether sequences are packs, with cu_seqlens.
 
     Returns:
         The model's output (on the last stage the loss of each token, [B, S]) and the function
@@ -39,7 +36,10 @@ def forward_step(
     stragglers = StragglerDetector()
     timers("batch-generator", log_level=2).start()
     with stragglers(bdata=True):
-        batch = _get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch, packed_seq_params = get_batch(
+            data_iterator, vp_stage, packed=packed, evaluates=not model.training
+        )
     timers("batch-generator").stop()
     with stragglers:
         output = model(
@@ -48,47 +48,9 @@ def forward_step(
             batch["attention_mask"],
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
+            packed_seq_params=packed_seq_params,
         )
     return output, partial(_loss, batch["loss_mask"])
-
-
-def _get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
-    """This rank's part of the next micro-batch; None for what its pipeline stage does not need."""
-    args = get_args()
-    has_mtp = args.mtp_num_layers is not None and mtp_on_this_rank(
-        mtp_num_layers=args.mtp_num_layers, ignore_virtual=vp_stage is None, vp_stage=vp_stage
-    )
-    if not (is_first_or_last_pipeline_stage(vp_stage) or has_mtp):
-        return dict.fromkeys(_MODEL_INPUTS)
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    batch: Batch = {}
-    if tp_rank == 0:
-        assert data_iterator is not None, "the first tensor-parallel rank reads the data"
-        batch = {
-            name: None if value is None else value.cuda(non_blocking=True)
-            for name, value in next(data_iterator).items()
-        }
-    stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
-        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=has_mtp,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(**stage),
-        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(**stage),
-    )
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
-    return {name: batch.get(name) for name in _MODEL_INPUTS}
 
 
 def _loss(

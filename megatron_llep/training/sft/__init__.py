@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: JSONL -> conversations -> tokens and answers -> packs -> one step."""
