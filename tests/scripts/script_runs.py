@@ -105,9 +105,14 @@ def run_ranks_by_hand(flags_of_rank: Sequence[Sequence[str]], timeout: float) ->
 
 def tiny_flags(*flags: str, without: Sequence[str] = ()) -> list[str]:
     """The flags of configs/tiny.yaml, made smaller, with LLEP, then these."""
-    sections = launch.load_config(TINY)
+    return config_flags(TINY, *SMALL, *flags, without=without)
+
+
+def config_flags(config: Path, *flags: str, without: Sequence[str] = ()) -> list[str]:
+    """The flags of a configuration, with LLEP, then these."""
+    sections = launch.load_config(config)
     merged = {name: value for part in sections.values() for name, value in part.items()}
-    merged |= launch.parse_extra(SMALL) | launch.parse_extra(flags)
+    merged |= launch.parse_extra(flags)
     return launch.format_flags({k: v for k, v in merged.items() if k not in without})
 
 

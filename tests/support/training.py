@@ -58,8 +58,11 @@ class Run:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     """Fields of OptimizerConfig; SGD by default, as Adam hides the gradient's scale."""
     tied_embeddings: bool = False
-    tokens: Callable[["Run", int, int], torch.Tensor] = make_tokens
-    """The micro-batch [b, s + 1] of a step, by its number in the whole world."""
+    tokens: Callable[["Run", int, int], Any] = make_tokens
+    """The micro-batch [b, s + 1] of a step, by its number in the whole world; or what else
+    `forward_step` reads."""
+    forward_step: Callable[[Iterator[Any], Any], tuple[torch.Tensor, Any]] | None = None
+    """In place of this module's; its reports have a "loss"."""
     spec: Callable[[Any], Any] | None = None
     """Takes the local block spec of a stage and returns the one to use instead."""
     prepare: Callable[[Chunks], None] | None = None
@@ -260,12 +263,12 @@ def _forward_backward(wrapped: list[Any], run: Run, step: int) -> float:
     assert run.micro_batches % dp == 0
     mine = range(parallel_state.get_data_parallel_rank(), run.micro_batches, dp)
 
-    def iterate() -> Iterator[torch.Tensor]:
+    def iterate() -> Iterator[Any]:
         return iter([run.tokens(run, step, number) for number in mine])
 
     iterators = [iterate() for _ in wrapped]
     reports = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=run.forward_step or _forward_step,
         data_iterator=iterators if len(wrapped) > 1 else iterators[0],
         model=wrapped if len(wrapped) > 1 else wrapped[0],
         num_microbatches=len(mine),
