@@ -63,10 +63,10 @@ BAD = {
         "give 1",
     ),
     "answers in a pipeline": (
-        *(
-            ["--data-path", "DATA", "--pipeline-model-parallel-size", "2"]
-            + ["--micro-batch-size", "1", "--sft-eval-answers", "8"],
-        ),
+        [
+            *("--data-path", "DATA", "--pipeline-model-parallel-size", "2"),
+            *("--micro-batch-size", "1", "--sft-eval-answers", "8"),
+        ],
         "--sft-eval-answers 8",
         "leave the flag out",
     ),
@@ -87,7 +87,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_settings_name_flag_value_and_remedy(case, read, data):
     flags, named, remedy = BAD[case]
-    with pytest.raises(ValueError, match="^--") as error:
+    with pytest.raises(ValueError, match=r"^--") as error:
         read(*(data if flag == "DATA" else flag for flag in flags))
     assert str(error.value).startswith(named)
     assert remedy in str(error.value)
