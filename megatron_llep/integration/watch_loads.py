@@ -1,4 +1,4 @@
-"""How even the ranks' loads are in forwards that training's metrics do not see, with and without LLEP.
+"""How even the ranks' loads are in forwards that training's metrics do not see.
 
 Letters: F forwards, L MoE layers, E experts, R sources (ranks that share tokens, and their
 expert-tensor-parallel ranks), P ranks.

@@ -79,18 +79,19 @@ def generate(
     if greedy:
         uniforms = None
     elif uniforms is None:
-        uniforms = torch.rand(
-            len(prompts), max_new_tokens, dtype=torch.float64, generator=generator
-        )
+        shape = (len(prompts), max_new_tokens)
+        uniforms = torch.rand(shape, dtype=torch.float64, generator=generator)
+    is_real = len(prompts) > 0
+    if not is_real:
+        # It takes part with a prompt of which nothing is kept.
+        prompts = [[0] * shortest]
+        uniforms = None
     answers = _Answers(
-        # A rank without prompts takes part with one of which nothing is kept.
-        prompts or [[0] * shortest],
-        is_real=len(prompts) > 0,
+        prompts,
+        is_real=is_real,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
-        uniforms=uniforms
-        if uniforms is None or len(prompts)
-        else uniforms.new_zeros(1, max_new_tokens),
+        uniforms=uniforms,
         vocab_size=vocab_size,
         device=device,
     )
@@ -98,7 +99,7 @@ def generate(
     routing: list[torch.Tensor] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_as_in_evaluation(model))
+        stack.enter_context(as_in_evaluation(model))
         stack.enter_context(_without_sequence_parallelism(model))
         stack.enter_context(InferenceMode.active())
         if record_routing:
@@ -263,7 +264,8 @@ def _share_within_tensor_parallel(
 
 
 @contextlib.contextmanager
-def _as_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
+def as_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module is in the mode it was in."""
     was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
