@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from megatron_llep.config import LLEPConfig
     from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
     from megatron_llep.integration.convert import convert_model, llep_hook, with_llep
+    from megatron_llep.integration.no_lending import no_lending
+    from megatron_llep.integration.watch_loads import watch_loads
     from megatron_llep.planner import Plan, make_plan
 
 __version__ = "0.1.0"
@@ -23,6 +25,8 @@ _HOME_MODULE = {
     "llep_config_from_args": "megatron_llep.integration.arguments",
     "llep_hook": "megatron_llep.integration.convert",
     "make_plan": "megatron_llep.planner",
+    "no_lending": "megatron_llep.integration.no_lending",
+    "watch_loads": "megatron_llep.integration.watch_loads",
     "with_llep": "megatron_llep.integration.convert",
 }
 
@@ -35,6 +39,8 @@ __all__ = [
     "llep_config_from_args",
     "llep_hook",
     "make_plan",
+    "no_lending",
+    "watch_loads",
     "with_llep",
 ]
 

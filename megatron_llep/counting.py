@@ -4,9 +4,25 @@ Letters: T tokens of this rank, E experts, R sources (ranks that share tokens, a
 expert-tensor-parallel ranks).
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.distributed as dist
+
+_TRAINS, _LENDS = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What every rank knows of all of them."""
+
+    counts: np.ndarray
+    """int64 [R, E], tokens from each source to each expert."""
+    trainers: np.ndarray
+    """bool [R], which sources need gradients of their experts' weights."""
+    lenders: np.ndarray
+    """bool [R], which sources agree to lend in this forward."""
 
 
 class CountTable:
@@ -20,6 +36,7 @@ class CountTable:
         routing_map: torch.Tensor,
         *,
         trains: bool,
+        lends: bool,
         group: dist.ProcessGroup,
         stream: torch.cuda.Stream,
     ):
@@ -28,12 +45,13 @@ class CountTable:
         Args:
             routing_map: bool [T, E].
             trains: whether this rank's experts need weight gradients.
+            lends: whether this rank agrees to lend.
             group: the R sources.
             stream: for the copy, and to wait for the all-gather.
         """
         self.routing_map = routing_map
         row = routing_map.sum(dim=0, dtype=torch.int64)
-        row = torch.cat((row, row.new_full((1,), trains)))
+        row = torch.cat((row, row.new_full((1,), _TRAINS * trains + _LENDS * lends)))
         self._rows = row.new_empty(dist.get_world_size(group) * row.numel())
         self._shape = (-1, row.numel())
         self._work = dist.all_gather_into_tensor(self._rows, row, group=group, async_op=True)
@@ -48,8 +66,8 @@ class CountTable:
         for tensor in (row, self._rows):
             tensor.record_stream(stream)
 
-    def wait(self) -> tuple[np.ndarray, np.ndarray]:
-        """Wait on the host: counts, int64 [R, E], and who trains its experts, bool [R].
+    def wait(self) -> Counted:
+        """Wait on the host.
 
         The only point of a layer's forward at which the host waits for the GPU.
         """
@@ -60,4 +78,9 @@ class CountTable:
             self._copied.synchronize()
             table = self._host
         rows = table.numpy().reshape(self._shape)
-        return np.ascontiguousarray(rows[:, :-1]), rows[:, -1].astype(bool)
+        says = rows[:, -1]
+        return Counted(
+            counts=np.ascontiguousarray(rows[:, :-1]),
+            trainers=(says & _TRAINS) > 0,
+            lenders=(says & _LENDS) > 0,
+        )

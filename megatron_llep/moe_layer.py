@@ -222,7 +222,9 @@ class LLEPMoELayer(MoELayer):
 
     def _start_count(self, routing_map: torch.Tensor) -> None:
         """Start counting; meanwhile the host does what needs no plan."""
-        self.token_dispatcher.start_count(routing_map, trains=self.lendable.trains())
+        self.token_dispatcher.start_count(
+            routing_map, trains=self.lendable.trains(), lends=self.shared_lending.lends
+        )
         self._natives = self.lendable.weights()
         self._parameter_hooks = self.lendable.parameter_hooks()
 

@@ -118,7 +118,9 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return self.ep_rank * self.tp_size + self.tp_rank
 
     @step("count.start")
-    def start_count(self, routing_map: torch.Tensor, *, trains: bool = True) -> None:
+    def start_count(
+        self, routing_map: torch.Tensor, *, trains: bool = True, lends: bool = True
+    ) -> None:
         """Start gathering all ranks' counts; `decide`, given the same map, waits for them.
 
         Meanwhile the GPU does what needs no plan. All ranks call it in the same order.
@@ -126,9 +128,14 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         Args:
             routing_map: bool [T, E].
             trains: whether this rank's experts need weight gradients.
+            lends: whether this rank agrees to lend; nothing is lent unless all do.
         """
         table = CountTable(
-            routing_map, trains=trains, group=self.tp_ep_group, stream=self.cuda_dtoh_stream
+            routing_map,
+            trains=trains,
+            lends=lends,
+            group=self.tp_ep_group,
+            stream=self.cuda_dtoh_stream,
         )
         # As many as there are where no token is dropped and none has an expert twice.
         most = len(routing_map) * self.config.moe_router_topk
@@ -149,16 +156,16 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         assert self._counting is not None
         (table, pairs), self._counting = self._counting, None
         with step("count.wait"):
-            routed, trainers = table.wait()
+            counted = table.wait()
 
         start = time.perf_counter()
         with step("plan"):
             plan, counts = plan_over_replicas(
-                routed,
+                counted.counts,
                 num_replicas=self.num_replicas,
                 num_ranks=self.ep_size,
                 planner=self.llep.planner,
-                max_foreign=self.llep.max_foreign_experts,
+                max_foreign=self.llep.max_foreign_experts if counted.lenders.all() else 0,
                 capacity_factor=self.llep.capacity_factor,
                 min_tokens_per_gemm=self.llep.min_tokens_per_gemm,
                 imbalance_threshold=self.llep.imbalance_threshold,
@@ -170,9 +177,9 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             routing_map=routing_map,
             pairs=pairs,
             counts=counts,
-            load_before=load_per_rank(routed, self.num_replicas, self.ep_size),
+            load_before=load_per_rank(counted.counts, self.num_replicas, self.ep_size),
             plan=plan,
-            trainers=trainers,
+            trainers=counted.trainers,
             plan_seconds=time.perf_counter() - start,
         )
         return self.decision

@@ -1,4 +1,8 @@
-"""Tensors that are asked onto a GPU by name stay on the CPU."""
+"""Tensors that are asked onto a GPU by name stay on the CPU; asked off it, they are copied.
+
+What a GPU run keeps on the host is apart from what it computes with: weights put aside as a
+reference, a snapshot that is written while training goes on. So are the copies made here.
+"""
 
 import functools
 import sys
@@ -23,6 +27,12 @@ def _is_gpu(value: object) -> bool:
     return isinstance(value, torch.device) and value.type == "cuda"
 
 
+def _is_cpu(value: object) -> bool:
+    if isinstance(value, str):
+        return value == "cpu" or value.startswith("cpu:")
+    return isinstance(value, torch.device) and value.type == "cpu"
+
+
 def _keep_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -36,11 +46,35 @@ def _keep_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 def _make_to(to: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(to)
     def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args and _is_gpu(args[0]):
-            args = (CPU, *args[1:])
-        elif _is_gpu(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return to(tensor, *args, **kwargs)
+        target = args[0] if args else kwargs.get("device")
+        if _is_gpu(target):
+            if args:
+                args = (CPU, *args[1:])
+            else:
+                kwargs["device"] = CPU
+        result = to(tensor, *args, **kwargs)
+        return tensor.clone() if result is tensor and _is_cpu(target) else result
+
+    return call
+
+
+def _make_as_tensor(as_tensor: Callable[..., Any]) -> Callable[..., Any]:
+    """Only a tensor could already be on the GPU; what else is given is copied there."""
+
+    @functools.wraps(as_tensor)
+    def call(data: Any, *args: Any, **kwargs: Any) -> Any:
+        result = as_tensor(data, *args, **kwargs)
+        is_sent = _is_gpu(kwargs.get("device")) and not torch.is_tensor(data)
+        return result.clone() if is_sent else result
+
+    return call
+
+
+def _make_cpu(cpu: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(cpu)
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = cpu(tensor, *args, **kwargs)
+        return tensor.clone() if result is tensor else result
 
     return call
 
@@ -78,14 +112,19 @@ def _return_uncompiled(model: Callable[..., Any] | None = None, **options: Any) 
 def install_tensors() -> None:
     """Send factories, ``Tensor.to`` and ``Tensor.cuda`` to the CPU, and compile nothing.
 
+    ``Tensor.cpu``, and ``Tensor.to`` with the CPU by name, return a copy, as they do of a tensor on
+    a GPU.
+
     ``torch.compile`` returns its function unchanged: Megatron compiles small pointwise functions
     when it is imported, which on a CPU costs minutes and gains nothing.
     """
     for name in _FACTORIES:
         setattr(torch, name, _keep_on_cpu(getattr(torch, name)))
+    torch.as_tensor = _make_as_tensor(torch.as_tensor)
     tensor: Any = torch.Tensor
     tensor.to = _make_to(tensor.to)
     tensor.type = _make_type(tensor.type)
     tensor.cuda = _return_itself
+    tensor.cpu = _make_cpu(tensor.cpu)
     tensor.record_stream = _record_stream
     torch.compile = _return_uncompiled

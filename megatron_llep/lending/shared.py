@@ -20,6 +20,8 @@ class SharedLending:
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.memory = ForeignMemory()
+        self.lends = True
+        """Whether this rank agrees to lend; all ranks learn it with the counts."""
         self.progress = progress or Progress()
         self._streams: dict[torch.device, SideStream] = {}
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}

@@ -68,12 +68,12 @@ def _loss(
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
     num_tokens = mask.sum().to(torch.int)
-    _check_loss(loss)
+    check_loss(loss)
     report = torch.cat((loss.detach().view(1), num_tokens.view(1)))
     return loss, num_tokens, {"lm loss": report}
 
 
-def _check_loss(loss: torch.Tensor) -> None:
+def check_loss(loss: torch.Tensor) -> None:
     """Megatron's checks: NaN and Inf end the run, spikes are reported."""
     args = get_args()
     machine = get_rerun_state_machine()

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,45 @@ def test_tensors_stay_on_the_cpu(device):
     ]
     assert {tensor.device.type for tensor in tensors} == {"cpu"}
     assert tensors[4].dtype == torch.float64
+
+
+LEAVES = {
+    "cpu": lambda tensor: tensor.cpu(),
+    "to": lambda tensor: tensor.to("cpu"),
+    "to a device": lambda tensor: tensor.to(torch.device("cpu"), non_blocking=True),
+    "to by keyword": lambda tensor: tensor.to(device="cpu"),
+}
+
+
+@pytest.mark.parametrize("leave", LEAVES.values(), ids=LEAVES)
+def test_what_leaves_the_gpu_is_a_copy(leave):
+    weight = torch.ones(3)
+    kept = leave(weight)
+    weight.add_(1)
+    assert kept.tolist() == [1, 1, 1]
+    assert kept.device.type == "cpu"
+
+
+def test_what_stays_is_itself():
+    weight = torch.ones(3)
+    assert weight.cuda() is weight
+    assert weight.to("cuda") is weight
+    assert weight.to(torch.float32) is weight
+
+
+def test_a_copy_on_the_host_has_the_gradient_of_its_source():
+    weight = torch.ones(2, requires_grad=True)
+    (3 * weight.cpu()).sum().backward()
+    assert weight.grad.tolist() == [3, 3]
+
+
+def test_numbers_are_copied_to_the_gpu():
+    numbers = np.ones(2)
+    tensor = torch.as_tensor(numbers, device="cuda")
+    numbers += 1
+    assert tensor.tolist() == [1, 1]
+    on_gpu = torch.zeros(2, device="cuda")
+    assert torch.as_tensor(on_gpu, device="cuda") is on_gpu
 
 
 def test_only_megatron_is_told_that_tensors_are_on_a_gpu():
