@@ -21,14 +21,15 @@ from megatron.training import training as megatron_loop
 
 from megatron_llep.integration.watch_loads import watch_loads
 from megatron_llep.training.generation import as_in_evaluation
+from megatron_llep.training.report import average, format_values, log_scalars
 from megatron_llep.training.rl.batch import MicroBatch, Sample, make_micro_batches
 from megatron_llep.training.rl.grpo import get_group_advantages
 from megatron_llep.training.rl.replay import record_routing, replay_in_forward, stop_replay
-from megatron_llep.training.rl.report import average, format_values, log_scalars
 from megatron_llep.training.rl.rollout import Answers, Player
 from megatron_llep.training.rl.step import get_negative_logprobs
 from megatron_llep.training.rl.task import load_task
 
+_PREFIX = "rl/"
 State = dict[str, Any]
 LoadWeights = Callable[[list[torch.nn.Module]], None]
 """Puts a checkpoint's weights into the chunks of an unwrapped model."""
@@ -117,7 +118,7 @@ class Loop:
         values = average(
             {"eval_reward": answers.rewards, "eval_exact_match": answers.exact_matches}
         )
-        log_scalars(values, iteration)
+        log_scalars(values, iteration, prefix=_PREFIX)
         print_rank_last(f" evaluation at iteration {iteration} |{format_values(values)}")
 
     def log_rl_throughput_metrics(
@@ -169,7 +170,7 @@ class Loop:
         }
         means = average(values | {name: [value] for name, value in answers.imbalance.items()})
         # Under the number that Megatron gives the step that comes now.
-        log_scalars(means, iteration + 1)
+        log_scalars(means, iteration + 1, prefix=_PREFIX)
         self._line = {name: means[name] for name in ("mean_reward", "mean_length")}
         return Rollout(number, micro_batches)
 

@@ -10,6 +10,7 @@ from megatron.training.utils.common_utils import get_blend_and_blend_per_split
 
 from megatron_llep.training.arguments import refuse_flags, require_data
 from megatron_llep.training.chat import check_chat_arguments
+from megatron_llep.training.sft.answers import AnswerCheck
 from megatron_llep.training.sft.conversations import read_conversations
 
 _BY_TOKEN = "--calculate-per-token-loss"
@@ -97,6 +98,11 @@ def check_sft(args: Namespace) -> None:
             f"--sft-eval-answers {args.sft_eval_answers}: a model in "
             f"--pipeline-model-parallel-size {pipeline} stages cannot generate; leave the flag out"
         )
+    if args.sft_eval_answers and not args.eval_iters:
+        raise ValueError(
+            f"--sft-eval-answers {args.sft_eval_answers}: nothing is evaluated with --eval-iters "
+            f"{args.eval_iters}; give 1 or more"
+        )
     for path in _list_files(args):
         next(read_conversations(Path(path)))
 
@@ -111,7 +117,7 @@ def options_of_sft(args: Namespace) -> dict[str, Any]:
         args.sft = False
         if int(os.environ.get("RANK", "0")) == 0:
             print("--sft: is what this script does; evaluation weighs tokens alike", flush=True)
-    return {}
+    return {"non_loss_data_func": AnswerCheck()} if args.sft_eval_answers else {}
 
 
 def _list_files(args: Namespace) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is logged of rollouts and evaluations: on the console, in TensorBoard and in wandb."""
+"""What a script logs beside Megatron's loop: on the console, in TensorBoard and in wandb."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,8 +6,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.training import get_tensorboard_writer, get_wandb_writer
-
-PREFIX = "rl/"
 
 
 def average(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -25,9 +23,9 @@ def average(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: total / count for name, (total, count) in pairs if count}
 
 
-def log_scalars(values: Mapping[str, float], iteration: int) -> None:
+def log_scalars(values: Mapping[str, float], iteration: int, *, prefix: str) -> None:
     """Write to TensorBoard and wandb, on the rank that has them."""
-    named = {PREFIX + name: value for name, value in values.items()}
+    named = {prefix + name: value for name, value in values.items()}
     writer, wandb = get_tensorboard_writer(), get_wandb_writer()
     if writer is not None:
         for name, value in named.items():
