@@ -1,4 +1,4 @@
-"""Start pretrain/pretrain_gpt.py as a user does, and read what it logs."""
+"""Start a training script as a user does, and read what it logs."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -51,29 +51,39 @@ class Log:
         return self.read("lm loss")
 
 
-def run_tiny(
+def run_tiny(flags: Sequence[object], **options: Any) -> Log:
+    """Run configs/tiny.yaml, made smaller; flags and options as for `run_config`."""
+    return run_config(TINY, [*SMALL, *flags], **options)
+
+
+def run_config(
+    config: Path,
     flags: Sequence[object],
     *,
     llep: bool,
+    script: Path = SCRIPT,
     layout: Mapping[str, object] | None = None,
     processes: int | None = None,
     timeout: float = 200.0,
 ) -> Log:
-    """Run configs/tiny.yaml, made smaller, through tools/launch.py and torchrun.
+    """Run a configuration through tools/launch.py and torchrun.
 
     Args:
-        flags: Megatron's, beyond the configuration's and SMALL.
+        config: of configs/.
+        flags: Megatron's, beyond the configuration's.
         llep: whether with LLEP, which then lends whenever the ranks' loads differ at all.
+        script: which to start.
         layout: flag without dashes -> value, as for --set.
         processes: default: as many as the layout needs.
         timeout: seconds after which the run and all its processes are ended.
     """
-    command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(TINY)]
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(config)]
+    command += ["--script", str(script)]
     command += [] if llep else ["--no-llep"]
     command += [] if processes is None else ["--nproc", str(processes)]
     for name, value in (layout or {}).items():
         command += ["--set", f"--{name}={str(value).lower()}"]
-    command += ["--", *SMALL, *(EAGER if llep else []), *map(str, flags)]
+    command += ["--", *(EAGER if llep else []), *map(str, flags)]
     with _start(command, {}) as started:
         text, code = started.finish(timeout)
     assert code == 0, f"ended with {code}: {' '.join(command)}\n{text[-TAIL:]}"
