@@ -22,7 +22,7 @@ def open_bridge(folder: Path) -> tuple[Any, Any]:
     """
     import transformers
 
-    get_model_bridge = _import_bridge()
+    get_model_bridge = import_bridge()
     config = transformers.AutoConfig.from_pretrained(folder)
     architecture = config.architectures[0] if config.architectures else None
     if architecture is None:
@@ -31,7 +31,8 @@ def open_bridge(folder: Path) -> tuple[Any, Any]:
     return get_model_bridge(known, hf_config=config), config
 
 
-def _import_bridge() -> Any:
+def import_bridge() -> Any:
+    """Bridge's function from an architecture to its bridge."""
     # Of models nobody asked for, Bridge logs what it cannot import.
     logging.disable(logging.INFO)
     try:

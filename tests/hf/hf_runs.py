@@ -1,0 +1,93 @@
+"""What a training script does with a Hugging Face folder, in forked ranks, up to the first step.
+
+Letters: S tokens, V vocabulary.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hf_models import SEQUENCE, make_tokens
+from support.llep import EAGER, note_decisions
+from support.ranks import run_ranks
+
+
+@dataclass(frozen=True)
+class HFRun:
+    """What one rank saw."""
+
+    row: int
+    """Of `make_tokens`: the data-parallel rank."""
+    logits: torch.Tensor
+    """[1, S, V]."""
+    lent: int
+    """Experts lent, all layers."""
+
+
+def run_hf(
+    world_size: int, flags: Sequence[object], *, llep: bool = True, timeout: float = 60.0
+) -> list[HFRun]:
+    """Load, compute logits and save, as the flags say; the last pipeline stage has the logits."""
+    _import_once()
+    return run_ranks(_run, world_size, [str(flag) for flag in flags], llep, timeout=timeout)
+
+
+def _import_once() -> None:
+    """In the parent, so that forked ranks need not."""
+    import megatron.training.training  # noqa: F401
+
+    from megatron_llep.device import prepare_megatron_training
+    from megatron_llep.training.hf.bridge import import_bridge
+
+    prepare_megatron_training()
+    import_bridge()
+
+
+def _run(rank: int, world_size: int, flags: list[str], llep: bool) -> HFRun:
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_llep.config import LLEPConfig
+    from megatron_llep.progress import Progress
+    from megatron_llep.training.cpu_flags import flags_without_gpu
+    from megatron_llep.training.hf.arguments import add_hf_arguments, check_hf_arguments
+    from megatron_llep.training.hf.flags import flags_from_hf
+    from megatron_llep.training.hf.install import install_hf
+    from megatron_llep.training.model import build_model_config
+
+    argv = [*flags, "--micro-batch-size", "1", "--seq-length", str(SEQUENCE), "--mock-data"]
+    argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "90", "--lr", "1e-3"]
+    argv += ["--moe-token-dispatcher-type", "alltoall", "--train-iters", "1"]
+    argv += flags_from_hf(argv)
+    sys.argv = ["script", *argv, *flags_without_gpu(argv)]
+    args = parse_and_validate_args(add_hf_arguments)
+    check_hf_arguments(args)
+    training.initialize_megatron()
+    config = build_model_config(args, EAGER if llep else LLEPConfig(enabled=False), Progress())
+    save_hf = install_hf(config, args)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    builder = config.get_builder_cls()(config)
+    chunks = builder.build_distributed_models(groups, wrap_with_ddp=False)
+    decisions: list = []
+    if llep:
+        note_decisions(chunks, decisions)
+    row = parallel_state.get_data_parallel_rank()
+    logits = _compute_logits(chunks, row) if args.pipeline_model_parallel_size == 1 else None
+    save_hf()
+    lent = sum(len(decision.plan.transfers) for decision in decisions)
+    return HFRun(row, logits, lent)
+
+
+@torch.no_grad()
+def _compute_logits(chunks: list[torch.nn.Module], row: int) -> torch.Tensor:
+    positions = torch.arange(SEQUENCE)
+    mask = positions[None, :] > positions[:, None]  # True where attention is not
+    for chunk in chunks:
+        chunk.eval()
+    return chunks[0](
+        make_tokens(row), positions[None], mask[None, None], runtime_gather_output=True
+    )
