@@ -20,18 +20,16 @@ class HFRun:
 
     row: int
     """Of `make_tokens`: the data-parallel rank."""
-    logits: torch.Tensor
-    """[1, S, V]."""
+    logits: torch.Tensor | None
+    """[1, S, V]; None under pipeline parallelism."""
     lent: int
     """Experts lent, all layers."""
 
 
-def run_hf(
-    world_size: int, flags: Sequence[object], *, llep: bool = True, timeout: float = 60.0
-) -> list[HFRun]:
-    """Load, compute logits and save, as the flags say; the last pipeline stage has the logits."""
+def run_hf(world_size: int, flags: Sequence[object], *, timeout: float = 60.0) -> list[HFRun]:
+    """Load, compute logits and save, as the flags say, with LLEP where there is EP."""
     _import_once()
-    return run_ranks(_run, world_size, [str(flag) for flag in flags], llep, timeout=timeout)
+    return run_ranks(_run, world_size, [str(flag) for flag in flags], timeout=timeout)
 
 
 def _import_once() -> None:
@@ -45,7 +43,7 @@ def _import_once() -> None:
     import_bridge()
 
 
-def _run(rank: int, world_size: int, flags: list[str], llep: bool) -> HFRun:
+def _run(rank: int, world_size: int, flags: list[str]) -> HFRun:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
@@ -67,14 +65,14 @@ def _run(rank: int, world_size: int, flags: list[str], llep: bool) -> HFRun:
     args = parse_and_validate_args(add_hf_arguments)
     check_hf_arguments(args)
     training.initialize_megatron()
-    config = build_model_config(args, EAGER if llep else LLEPConfig(enabled=False), Progress())
+    llep = EAGER if args.expert_model_parallel_size > 1 else LLEPConfig(enabled=False)
+    config = build_model_config(args, llep, Progress())
     save_hf = install_hf(config, args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(groups, wrap_with_ddp=False)
     decisions: list = []
-    if llep:
-        note_decisions(chunks, decisions)
+    note_decisions(chunks, decisions)
     row = parallel_state.get_data_parallel_rank()
     logits = _compute_logits(chunks, row) if args.pipeline_model_parallel_size == 1 else None
     save_hf()

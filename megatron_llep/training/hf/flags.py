@@ -5,7 +5,6 @@ defaults and spellings are known in one place only.
 """
 
 import argparse
-from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_llep.training.hf.tokenizer_files import check_vocabulary, has_toke
 
 _NOT_GIVEN = object()
 
-_COMPARED = """
+COMPARED = """
     --num-layers --hidden-size --ffn-hidden-size --num-attention-heads --kv-channels
     --group-query-attention --num-query-groups --softmax-type --window-size --window-attn-skip-freq
     --qk-layernorm --qk-l2-norm --add-qkv-bias --disable-bias-linear --attention-output-gate
@@ -62,7 +61,8 @@ def flags_from_hf(argv: Sequence[str]) -> list[str]:
         ValueError: the folder has no usable `config.json`, or a flag of the user contradicts it;
             names flag, both values and remedy.
     """
-    given = _Given.read(argv)
+    parser = _Parser()
+    given = _Given(parser.parse(argv))
     source = hf_source(given.get("--hf-load"), given.get("--hf-config"))
     if source is None:
         return []
@@ -74,17 +74,12 @@ def flags_from_hf(argv: Sequence[str]) -> list[str]:
             shape.vocab_size, given.get("--tensor-model-parallel-size", 1)
         )
     }
-    _refuse_contradictions(given, flags, shape, config)
+    expected = parser.defaults | parser.parse(format_flags(flags))
+    _refuse_contradictions(given, flags, expected, shape, config)
     _check_positions(given, shape, config)
     wanted = flags | shape.defaults | _tokenizer(given, folder)
     _check_tokenizer(given, wanted, shape, config)
     return format_flags({name: v for name, v in wanted.items() if not given.has(name)})
-
-
-def parse_shape_flags(words: Sequence[str]) -> Namespace:
-    """What Megatron's parser makes of these flags and its defaults."""
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return parser.parse_args(list(words))
 
 
 def format_flags(flags: Mapping[str, Value]) -> list[str]:
@@ -95,25 +90,32 @@ def format_flags(flags: Mapping[str, Value]) -> list[str]:
     return words
 
 
+class _Parser:
+    """Megatron's, which tells what is on a command line from what is by default."""
+
+    def __init__(self) -> None:
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        self._parser = add_hf_arguments(add_megatron_arguments(parser))
+        self.defaults = vars(self._parser.parse_args([]))
+        self._parser.set_defaults(**dict.fromkeys(self.defaults, _NOT_GIVEN))
+
+    def parse(self, words: Sequence[str]) -> dict[str, Any]:
+        """What these words give, and nothing else."""
+        given = vars(self._parser.parse_known_args(list(words))[0])
+        return {name: value for name, value in given.items() if value is not _NOT_GIVEN}
+
+
 @dataclass(frozen=True)
 class _Given:
-    """What the user has given; everything else is absent."""
+    """What the user has given."""
 
-    arguments: Namespace
-
-    @classmethod
-    def read(cls, argv: Sequence[str]) -> "_Given":
-        parser = argparse.ArgumentParser(allow_abbrev=False)
-        parser = add_hf_arguments(add_megatron_arguments(parser))
-        parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([])), _NOT_GIVEN))
-        return cls(parser.parse_known_args(list(argv))[0])
+    values: Mapping[str, Any]
 
     def get(self, flag: str, default: Any = None) -> Any:
-        value = getattr(self.arguments, _destination(flag))
-        return default if value is _NOT_GIVEN else value
+        return self.values.get(_destination(flag), default)
 
     def has(self, flag: str) -> bool:
-        return getattr(self.arguments, _destination(flag)) is not _NOT_GIVEN
+        return _destination(flag) in self.values
 
 
 def _destination(flag: str) -> str:
@@ -121,17 +123,18 @@ def _destination(flag: str) -> str:
 
 
 def _refuse_contradictions(
-    given: _Given, flags: Mapping[str, Value], shape: Shape, config: HFConfig
+    given: _Given,
+    flags: Mapping[str, Value],
+    expected: Mapping[str, Any],
+    shape: Shape,
+    config: HFConfig,
 ) -> None:
-    expected = parse_shape_flags(format_flags(flags))
-    layers = expected.num_layers
-    for flag in _COMPARED:
+    """Compare what Megatron's parser makes of the user's flags and of the folder's."""
+    for flag in COMPARED:
         if not given.has(flag) or flag in shape.defaults:
             continue
-        theirs, ours = given.get(flag), getattr(expected, _destination(flag))
-        if flag in _PER_LAYER:
-            theirs, ours = _expand(flag, theirs, layers), _expand(flag, ours, layers)
-        if theirs == ours:
+        theirs, ours = given.get(flag), expected[_destination(flag)]
+        if _comparable(flag, theirs, expected) == _comparable(flag, ours, expected):
             continue
         if isinstance(theirs, bool):
             raise ValueError(
@@ -144,20 +147,21 @@ def _refuse_contradictions(
         )
 
 
-def _expand(flag: str, frequency: int | list[int] | None, layers: int) -> list[bool] | None:
-    """A frequency as a value for each layer, by Megatron's two rules."""
-    if frequency is None:
-        return None
-    if isinstance(frequency, int):
-        if flag == "--moe-layer-freq":
-            return [layer % frequency == 0 for layer in range(layers)]
-        return [(layer + 1) % frequency != 0 for layer in range(layers)]
-    return [bool(value) for value in frequency]
+def _comparable(flag: str, value: Any, expected: Mapping[str, Any]) -> Any:
+    """The value; a frequency as a value for each layer, by Megatron's two rules."""
+    if flag not in _PER_LAYER or value is None:
+        return value
+    layers = range(expected["num_layers"])
+    if not isinstance(value, int):
+        return [bool(of_layer) for of_layer in value]
+    if flag == "--moe-layer-freq":
+        return [layer % value == 0 for layer in layers]
+    return [(layer + 1) % value != 0 for layer in layers]
 
 
 def _text(value: object) -> str:
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return ",".join(str(int(v)) if isinstance(v, bool) else str(v) for v in value)
+        return ",".join(map(str, value))
     return "nothing like it" if value is None else str(value)
 
 

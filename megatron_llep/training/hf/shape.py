@@ -60,10 +60,14 @@ def _qwen3_moe(config: HFConfig) -> Shape:
     for name in ("attention_bias", "use_sliding_window"):
         if config.get(name, default=False):
             raise config.refuse(name, True, "no Qwen3-MoE model that is supported here has it")
-    layers = config.require("num_hidden_layers")
-    every = config.get("decoder_sparse_step", default=1)
-    dense = config.get("mlp_only_layers", default=[])
-    is_moe = [i not in dense and (i + 1) % every == 0 for i in range(layers)]
+    every, dense = config.get("decoder_sparse_step", default=1), config.get("mlp_only_layers")
+    if every != 1 or dense:
+        raise config.refuse(
+            "(decoder_sparse_step, mlp_only_layers)",
+            (every, dense),
+            "megatron-bridge knows no Qwen3-MoE model with dense layers",
+        )
+    is_moe = [True] * config.require("num_hidden_layers")
     flags = _common(config) | _attention(config) | _experts(config, "num_experts", is_moe)
     flags |= {"--qk-layernorm": True, "--swiglu": True, "--disable-bias-linear": True}
     if not config.get("norm_topk_prob", default=False):
@@ -119,7 +123,9 @@ def _deepseek_v3(config: HFConfig) -> Shape:
     if config.get("n_group", default=1) > 1:
         flags["--moe-router-num-groups"] = config.require("n_group")
         flags["--moe-router-group-topk"] = config.require("topk_group")
-    return _shape(config, flags, is_moe)
+    shape = _shape(config, flags, is_moe)
+    shape.defaults["--kv-channels"] = config.require("v_head_dim")  # of no meaning here
+    return shape
 
 
 _TRANSLATE: dict[str, Callable[[HFConfig], Shape]] = {
