@@ -54,26 +54,30 @@ GPT_OSS = _SMALL | {
 }
 
 
-def make_qwen3_moe(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def make_qwen3_moe(
+    folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 1, **changes: Any
+) -> Path:
     """A Qwen3-MoE folder."""
     config = transformers.Qwen3MoeConfig(**(QWEN3_MOE | changes))
-    return _save(transformers.Qwen3MoeForCausalLM(config), folder, dtype)
+    return _save(transformers.Qwen3MoeForCausalLM(config), folder, dtype, seed)
 
 
-def make_gpt_oss(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def make_gpt_oss(
+    folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 1, **changes: Any
+) -> Path:
     """A gpt-oss folder."""
     config = transformers.GptOssConfig(**(GPT_OSS | changes))
-    return _save(transformers.GptOssForCausalLM(config), folder, dtype)
+    return _save(transformers.GptOssForCausalLM(config), folder, dtype, seed)
 
 
-def _save(model: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Path:
-    generator = torch.Generator().manual_seed(1)
+def _save(model: Any, folder: Path, dtype: torch.dtype, seed: int) -> Path:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             scale, mean = (0.1, 0.0) if parameter.dim() > 1 else (0.1, 0.5)
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(mean + scale * noise)
-    model.to(dtype).save_pretrained(folder, **options)
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 
