@@ -12,8 +12,11 @@ from hf_models import (
     make_qwen3_moe,
     read_logits,
     read_weights,
+    write_weights,
 )
 from hf_runs import run_hf
+
+from support.ranks import RankError
 
 EP = "--expert-model-parallel-size"
 TP = "--tensor-model-parallel-size"
@@ -137,3 +140,27 @@ def test_bfloat16_weights_trained_in_fp32_lose_nothing(tmp_path):
     saved = read_weights(tmp_path / "saved")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
+
+
+def change_weights(folder, change):
+    weights = read_weights(folder)
+    change(weights)
+    write_weights(folder, [("model.safetensors", weights)])
+
+
+def test_a_tensor_that_is_missing_is_told_by_all_ranks(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model")
+    # An expert of rank 1 alone: rank 0 must not go on and wait for it.
+    change_weights(folder, lambda w: w.pop("model.layers.2.mlp.experts.7.up_proj.weight"))
+    with pytest.raises(RankError, match="--hf-load .* 1 parameters have no counterpart") as error:
+        run_hf(2, ["--hf-load", folder, EP, 2])
+    assert "rank 0 of 2 raised" in str(error.value)
+    assert "rank 1 of 2 raised" in str(error.value)
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    change_weights(folder, lambda w: w.update({name: torch.zeros(48)}))
+    with pytest.raises(RankError, match=f"no place for 1 of its tensors, the first is {name}"):
+        run_hf(1, ["--hf-load", folder])
