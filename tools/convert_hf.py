@@ -14,6 +14,7 @@ its part. All other flags of Megatron work too.
 
 import argparse
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -21,10 +22,10 @@ from collections.abc import Sequence
 # Before anything imports Megatron.
 from megatron_llep.device import prepare_megatron_training, use_cpu_if_no_gpu
 
-_ALWAYS = """
+_ALWAYS = shlex.split("""
     --micro-batch-size 1 --no-save-optim --no-save-rng --no-load-optim --no-load-rng --finetune
     --ckpt-format torch_dist --save-interval 1 --mock-data
-""".split()
+""")
 _PRECISION = {"bfloat16": ["--bf16"], "float16": ["--fp16"]}
 
 

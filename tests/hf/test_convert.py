@@ -50,6 +50,6 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_command_line_that_converts_nothing_is_refused(name):
     flags, message = BAD[name]
-    with pytest.raises(ValueError, match="give|--load") as error:
+    with pytest.raises(ValueError, match=r"give|--load") as error:
         convert_hf.complete_flags(flags)
     assert message in str(error.value)

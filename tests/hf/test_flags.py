@@ -156,18 +156,18 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize("flags", CONTRADICTIONS)
 def test_a_flag_that_contradicts_the_model_is_refused(flags, folder):
-    with pytest.raises(ValueError, match="--") as error:
+    with pytest.raises(ValueError, match=r"--") as error:
         flags_from_hf([*folder(SMALL), *shlex.split(flags)])
     for part in CONTRADICTIONS[flags]:
         assert part in str(error.value)
 
 
 def test_a_setting_that_the_model_lacks_is_refused(folder):
-    with pytest.raises(ValueError, match="--untie-embeddings-and-output-weights: .* not that"):
+    with pytest.raises(ValueError, match=r"--untie-embeddings-and-output-weights: .* not that"):
         flags_from_hf(
             [*folder(SMALL, tie_word_embeddings=True), "--untie-embeddings-and-output-weights"]
         )
-    with pytest.raises(ValueError, match="--disable-bias-linear: .* not that"):
+    with pytest.raises(ValueError, match=r"--disable-bias-linear: .* not that"):
         flags_from_hf([*folder(GPT_OSS_20B), "--disable-bias-linear"])
 
 
@@ -194,18 +194,18 @@ UNUSABLE = {
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_model_that_cannot_be_trained_is_refused(name, folder):
     config, changes, message = UNUSABLE[name]
-    with pytest.raises(ValueError, match="config.json") as error:
+    with pytest.raises(ValueError, match=r"config.json") as error:
         flags_from_hf(folder(config, **changes))
     assert message in str(error.value)
 
 
 def test_folders_without_a_usable_config_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="--hf-load .*nowhere: no such folder"):
+    with pytest.raises(ValueError, match=r"--hf-load .*nowhere: no such folder"):
         flags_from_hf(["--hf-load", str(tmp_path / "nowhere")])
     with pytest.raises(ValueError, match=r"--hf-load .*: the folder has no config.json"):
         flags_from_hf(["--hf-load", str(tmp_path)])
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match=r"not valid JSON"):
         flags_from_hf(["--hf-load", str(tmp_path)])
 
 
@@ -213,5 +213,5 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder, tmp_path
     load = folder(SMALL)
     content = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 95, "content": "<b>"}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="largest token is 95, and .* vocab_size 95"):
+    with pytest.raises(ValueError, match=r"largest token is 95, and .* vocab_size 95"):
         flags_from_hf(load)

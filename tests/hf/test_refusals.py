@@ -62,14 +62,14 @@ def test_the_shape_may_be_given_without_weights(check, folder):
 
 def test_weights_in_pickles_are_refused(check, folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="write it again with save_pretrained"):
+    with pytest.raises(ValueError, match=r"write it again with save_pretrained"):
         check("--hf-load", folder)
 
 
 def test_a_missing_shard_is_named(check, folder):
     cut_in_shards(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match="1 of 3 shards .* first is model-00002-of-00003"):
+    with pytest.raises(ValueError, match=r"1 of 3 shards .* first is model-00002-of-00003"):
         check("--hf-load", folder)
 
 
@@ -77,13 +77,13 @@ def test_a_shard_that_is_cut_off_is_named(check, folder):
     cut_in_shards(folder)
     path = folder / "model-00003-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="model-00003-of-00003.safetensors is cut off"):
+    with pytest.raises(ValueError, match=r"model-00003-of-00003.safetensors is cut off"):
         check("--hf-load", folder)
 
 
 def test_a_pointer_of_git_lfs_is_named(check, folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match="model.safetensors is not a safetensors file .* lfs"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file .* lfs"):
         check("--hf-load", folder)
 
 
@@ -94,7 +94,7 @@ def test_an_index_that_names_another_file_is_refused(check, folder):
     index["weight_map"]["model.norm.weight"] = "model-00001-of-00003.safetensors"
     index["weight_map"]["model.extra.weight"] = "model-00001-of-00003.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="model-00001-of-00003.safetensors has no tensor"):
+    with pytest.raises(ValueError, match=r"model-00001-of-00003.safetensors has no tensor"):
         check("--hf-load", folder)
 
 
@@ -120,7 +120,7 @@ def test_weights_of_another_size_than_config_json_are_refused(name, check, folde
 def test_names_of_another_kind_of_model_are_refused(check, folder):
     weights = {f"transformer.{name}": each for name, each in read_weights(folder).items()}
     write_weights(folder, [("model.safetensors", weights)])
-    with pytest.raises(ValueError, match="no layer 0"):
+    with pytest.raises(ValueError, match=r"no layer 0"):
         check("--hf-load", folder)
 
 
@@ -137,21 +137,21 @@ def test_saving_needs_a_model_to_copy_the_configuration_of(check, tmp_path):
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(check, folder, tmp_path):
-    with pytest.raises(ValueError, match="--hf-save .* not empty"):
+    with pytest.raises(ValueError, match=r"--hf-save .* not empty"):
         check("--hf-load", folder, "--hf-save", folder)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="--hf-save .* this is a file"):
+    with pytest.raises(ValueError, match=r"--hf-save .* this is a file"):
         check("--hf-load", folder, "--hf-save", tmp_path / "file")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(check, folder, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="--hf-save .* cannot be written"):
+    with pytest.raises(ValueError, match=r"--hf-save .* cannot be written"):
         check("--hf-load", folder, "--hf-save", tmp_path / "file" / "saved")
 
 
 def test_two_sources_of_weights_are_refused(check, folder):
-    with pytest.raises(ValueError, match="--pretrained-checkpoint somewhere .* one of the two"):
+    with pytest.raises(ValueError, match=r"--pretrained-checkpoint somewhere .* one of the two"):
         check("--hf-load", folder, "--pretrained-checkpoint", "somewhere")
 
 
@@ -159,7 +159,7 @@ def test_latent_attention_without_transformer_engine_is_refused(check, tmp_path)
     from published import DEEPSEEK_V3
 
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
-    with pytest.raises(ValueError, match="deepseek_v3 has multi-latent attention"):
+    with pytest.raises(ValueError, match=r"deepseek_v3 has multi-latent attention"):
         check("--hf-config", tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_experts_of_gpt_oss_are_not_cut(check, tmp_path):
     from published import GPT_OSS_20B
 
     (tmp_path / "config.json").write_text(json.dumps(GPT_OSS_20B))
-    with pytest.raises(ValueError, match="--expert-tensor-parallel-size 2: .* set it to 1"):
+    with pytest.raises(ValueError, match=r"--expert-tensor-parallel-size 2: .* set it to 1"):
         check("--hf-config", tmp_path, "--tensor-model-parallel-size", 2)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders in Megatron, with LLEP lending: the same logits, and the same folder back."""
+"""Hugging Face folders in Megatron, with LLEP lending: the same logits, the same folder back."""
 
 import json
 
@@ -33,9 +33,7 @@ def assert_same_weights(actual, expected):
 
 
 def check_round_trip(folder, target, world_size, layout, *, timeout=60.0):
-    runs = run_hf(
-        world_size, ["--hf-load", folder, "--hf-save", target, *layout], timeout=timeout
-    )
+    runs = run_hf(world_size, ["--hf-load", folder, "--hf-save", target, *layout], timeout=timeout)
     expected = read_logits(folder, rows=max(run.row for run in runs) + 1)
     for run in runs:
         torch.testing.assert_close(run.logits[0], expected[run.row], atol=1e-6, rtol=1e-6)
@@ -152,7 +150,7 @@ def test_a_tensor_that_is_missing_is_told_by_all_ranks(tmp_path):
     folder = make_qwen3_moe(tmp_path / "model")
     # An expert of rank 1 alone: rank 0 must not go on and wait for it.
     change_weights(folder, lambda w: w.pop("model.layers.2.mlp.experts.7.up_proj.weight"))
-    with pytest.raises(RankError, match="--hf-load .* 1 parameters have no counterpart") as error:
+    with pytest.raises(RankError, match=r"--hf-load .* 1 parameters have no counterpart") as error:
         run_hf(2, ["--hf-load", folder, EP, 2])
     assert "rank 0 of 2 raised" in str(error.value)
     assert "rank 1 of 2 raised" in str(error.value)

@@ -5,6 +5,7 @@ defaults and spellings are known in one place only.
 """
 
 import argparse
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_llep.training.hf.tokenizer_files import check_vocabulary, has_toke
 
 _NOT_GIVEN = object()
 
-COMPARED = """
+COMPARED = shlex.split("""
     --num-layers --hidden-size --ffn-hidden-size --num-attention-heads --kv-channels
     --group-query-attention --num-query-groups --softmax-type --window-size --window-attn-skip-freq
     --qk-layernorm --qk-l2-norm --add-qkv-bias --disable-bias-linear --attention-output-gate
@@ -35,7 +36,7 @@ COMPARED = """
     --moe-router-group-topk --moe-router-enable-expert-bias
     --multi-latent-attention --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim
     --v-head-dim --experimental-attention-variant
-""".split()
+""")
 _DESTINATION = {
     "--disable-bias-linear": "add_bias_linear",
     "--norm-epsilon": "layernorm_epsilon",
@@ -61,6 +62,8 @@ def flags_from_hf(argv: Sequence[str]) -> list[str]:
         ValueError: the folder has no usable `config.json`, or a flag of the user contradicts it;
             names flag, both values and remedy.
     """
+    if not any(word.startswith(("--hf-load", "--hf-config")) for word in argv):
+        return []
     parser = _Parser()
     given = _Given(parser.parse(argv))
     source = hf_source(given.get("--hf-load"), given.get("--hf-config"))

@@ -11,8 +11,6 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
 
 from megatron_llep.training.hf.arguments import hf_source
-from megatron_llep.training.hf.load import load_hf
-from megatron_llep.training.hf.save import save_hf
 
 Chunks = list[torch.nn.Module]
 
@@ -39,6 +37,8 @@ def install_hf(config: GPTModelConfig, args: Namespace) -> Callable[[], None]:
         return wrapped
 
     def save() -> None:
+        from megatron_llep.training.hf.save import save_hf
+
         save_hf(chunks, Path(args.hf_save), source[1], tokenizer=_tokenizer_folder(args))
 
     config.post_wrap_hooks.append(remember)
@@ -58,6 +58,9 @@ def hf_load_hook(folder: Path, args: Namespace) -> Callable[[Chunks], Chunks]:
         if found[0]:
             print_rank_0(f"--hf-load {folder}: left alone, --load {args.load} has a checkpoint")
             return chunks
+        # Needs the packages of the extra `hf`.
+        from megatron_llep.training.hf.load import load_hf
+
         load_hf(
             chunks,
             folder,

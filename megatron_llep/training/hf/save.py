@@ -1,7 +1,6 @@
 """A Megatron model as a Hugging Face folder: weights, `config.json` and tokenizer."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -128,11 +127,10 @@ def _write_rest(
 
 def _saved_config(config: HFConfig, dtype: str, models: Sequence[torch.nn.Module]) -> dict:
     values = dict(config.values)
-    values.pop("torch_dtype" if "dtype" in values else "dtype", None)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     # What is written is not quantized, whatever was read.
     values.pop("quantization_config", None)
-    if not getattr(models[0].config, "mtp_num_layers", None):
-        if "num_nextn_predict_layers" in values:
-            values["num_nextn_predict_layers"] = 0
+    has_mtp = getattr(models[0].config, "mtp_num_layers", None)
+    if "num_nextn_predict_layers" in values and not has_mtp:
+        values["num_nextn_predict_layers"] = 0
     return values

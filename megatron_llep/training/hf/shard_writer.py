@@ -33,8 +33,7 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._max_file_bytes:
             self._flush()
-        # A copy: the tensor may be a part of a larger one, which is then free.
-        self._pending[name] = tensor.contiguous().clone()
+        self._pending[name] = tensor.contiguous()
         self._pending_bytes += size
         self._total_bytes += size
 
