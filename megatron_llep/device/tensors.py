@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_llep.device.streams import CPU
 
@@ -118,6 +119,9 @@ def install_tensors() -> None:
     ``torch.compile`` returns its function unchanged: Megatron compiles small pointwise functions
     when it is imported, which on a CPU costs minutes and gains nothing.
     """
+    # torch notes, once and for all, which functions `with torch.device(...)` sends elsewhere: they
+    # must be the ones that ours call, or such blocks would do nothing.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _keep_on_cpu(getattr(torch, name)))
     torch.as_tensor = _make_as_tensor(torch.as_tensor)

@@ -17,6 +17,9 @@ from megatron_llep.progress import Progress
 from megatron_llep.training.arguments import read_arguments
 from megatron_llep.training.cpu_flags import flags_without_gpu
 from megatron_llep.training.errors import tell_place
+from megatron_llep.training.hf.arguments import add_hf_arguments, check_hf_arguments
+from megatron_llep.training.hf.flags import flags_from_hf
+from megatron_llep.training.hf.install import install_hf
 from megatron_llep.training.model import build_model_config
 from megatron_llep.training.peak_memory import report_peak_memory
 
@@ -59,7 +62,7 @@ def run(job: Job, *, started: float) -> None:
     Raises:
         ValueError: the command line asks for what cannot be done; before any process group exists.
     """
-    sources = list(job.flag_sources)
+    sources = [("the Hugging Face model", flags_from_hf), *job.flag_sources]
     if is_cpu_device_installed():
         sources.append(("no GPU", flags_without_gpu))
     for reason, find_flags in sources:
@@ -67,9 +70,18 @@ def run(job: Job, *, started: float) -> None:
         sys.argv += added
         if added and int(os.environ.get("RANK", "0")) == 0:
             print(f"{reason}: added {' '.join(added)}", flush=True)
-    args, llep = read_arguments(job.add_arguments, job.check)
+
+    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+        return job.add_arguments(add_hf_arguments(parser))
+
+    def check(args: Namespace) -> None:
+        check_hf_arguments(args)
+        job.check(args)
+
+    args, llep = read_arguments(add_arguments, check)
     progress = Progress()
     model_config = build_model_config(args, llep, progress)
+    save_hf = install_hf(model_config, args)
 
     set_startup_timestamps(program_start=started, main_entry=time.time())
     with tell_place(args, progress):
@@ -80,4 +92,5 @@ def run(job: Job, *, started: float) -> None:
             job.forward_step,
             **job.loop_options(args),
         )
+    save_hf()
     report_peak_memory()

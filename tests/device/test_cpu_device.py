@@ -263,3 +263,10 @@ def test_megatron_training_starts_without_cuda():
     assert keywords == {"allow_no_cuda": True}
     assert not is_nested
     assert not is_same
+
+
+def test_a_block_on_another_device_makes_tensors_there():
+    with torch.device("meta"):
+        assert torch.zeros(2).is_meta
+        assert torch.tensor([1.0]).is_meta
+    assert not torch.zeros(2).is_meta

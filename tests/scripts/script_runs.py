@@ -84,6 +84,11 @@ def run_config(
     for name, value in (layout or {}).items():
         command += ["--set", f"--{name}={str(value).lower()}"]
     command += ["--", *(EAGER if llep else []), *map(str, flags)]
+    return run_command(command, timeout)
+
+
+def run_command(command: Sequence[str], timeout: float) -> Log:
+    """Run a command that ends well within so many seconds."""
     with _start(command, {}) as started:
         text, code = started.finish(timeout)
     assert code == 0, f"ended with {code}: {' '.join(command)}\n{text[-TAIL:]}"

@@ -1,0 +1,164 @@
+"""Hugging Face folders in Megatron, with LLEP lending: the same logits, the same folder back."""
+
+import json
+
+import pytest
+import torch
+from hf_models import (
+    cut_in_shards,
+    edit_config,
+    fuse_experts,
+    make_gpt_oss,
+    make_qwen3_moe,
+    read_logits,
+    read_weights,
+    write_weights,
+)
+from hf_runs import run_hf
+
+from support.ranks import RankError
+
+EP = "--expert-model-parallel-size"
+TP = "--tensor-model-parallel-size"
+PP = "--pipeline-model-parallel-size"
+TP2_EP2 = [TP, 2, "--sequence-parallel", "--expert-tensor-parallel-size", 1, EP, 2]
+
+
+def assert_same_weights(actual, expected):
+    actual, expected = read_weights(actual), read_weights(expected)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype, name
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def check_round_trip(folder, target, world_size, layout, *, timeout=60.0):
+    runs = run_hf(world_size, ["--hf-load", folder, "--hf-save", target, *layout], timeout=timeout)
+    expected = read_logits(folder, rows=max(run.row for run in runs) + 1)
+    for run in runs:
+        torch.testing.assert_close(run.logits[0], expected[run.row], atol=1e-6, rtol=1e-6)
+    if world_size > 1:
+        assert sum(run.lent for run in runs) > 0
+    torch.testing.assert_close(read_logits(target, len(expected)), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss])
+def test_logits_and_export_at_ep2(tmp_path, make):
+    folder = make(tmp_path / "model")
+    check_round_trip(folder, tmp_path / "saved", 2, [EP, 2])
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss])
+def test_logits_and_export_at_tp2_ep2(tmp_path, make):
+    folder = make(tmp_path / "model")
+    check_round_trip(folder, tmp_path / "saved", 2, TP2_EP2)
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[EP, 4], TP2_EP2], ids=["ep4", "tp2-ep2-dp2"])
+@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss])
+def test_logits_and_export_on_four_ranks(tmp_path, make, layout):
+    folder = make(tmp_path / "model")
+    check_round_trip(folder, tmp_path / "saved", 4, layout, timeout=120.0)
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+@pytest.mark.slow
+def test_experts_cut_by_tensor_parallelism(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model")
+    layout = [TP, 2, "--sequence-parallel", "--expert-tensor-parallel-size", 2, EP, 2]
+    check_round_trip(folder, tmp_path / "saved", 4, layout, timeout=120.0)
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+def test_a_folder_in_shards_with_an_index(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model")
+    cut_in_shards(folder)
+    check_round_trip(folder, tmp_path / "saved", 2, [EP, 2])
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+def test_experts_in_one_tensor(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model")
+    classic = make_qwen3_moe(tmp_path / "classic")
+    fuse_experts(folder)
+    check_round_trip(folder, tmp_path / "saved", 2, [EP, 2])
+    assert_same_weights(tmp_path / "saved", classic)
+
+
+def test_tied_embeddings_and_a_router_that_does_not_normalise(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model", tie_word_embeddings=True, norm_topk_prob=False)
+    check_round_trip(folder, tmp_path / "saved", 2, [EP, 2])
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+def test_a_config_as_older_transformers_wrote_it(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model")
+    edit_config(
+        folder,
+        rope_parameters=None,
+        rope_theta=100000.0,
+        rope_scaling=None,
+        dtype=None,
+        torch_dtype="float32",
+        num_local_experts=None,
+        num_experts=8,
+    )
+    check_round_trip(folder, tmp_path / "saved", 1, [])
+
+
+def test_a_vocabulary_that_tensor_parallelism_pads(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model", vocab_size=95)
+    runs = run_hf(2, ["--hf-load", folder, "--hf-save", tmp_path / "saved", *TP2_EP2])
+    assert runs[0].logits.shape[-1] == 96
+    torch.testing.assert_close(runs[0].logits[..., :95], read_logits(folder, 1))
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipeline_stages(tmp_path, tied):
+    """The last stage has a copy of tied embeddings."""
+    folder = make_qwen3_moe(tmp_path / "model", num_hidden_layers=4, tie_word_embeddings=tied)
+    run_hf(2, ["--hf-load", folder, "--hf-save", tmp_path / "saved", PP, 2])
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+def test_bfloat16_weights_in_a_bfloat16_model(tmp_path):
+    folder = make_gpt_oss(tmp_path / "model", torch.bfloat16)
+    run_hf(2, ["--hf-load", folder, "--hf-save", tmp_path / "saved", "--bf16", EP, 2])
+    assert_same_weights(tmp_path / "saved", folder)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_bfloat16_weights_trained_in_fp32_lose_nothing(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model", torch.bfloat16)
+    check_round_trip(folder, tmp_path / "saved", 1, [])
+    saved = read_weights(tmp_path / "saved")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
+
+
+def change_weights(folder, change):
+    weights = read_weights(folder)
+    change(weights)
+    write_weights(folder, [("model.safetensors", weights)])
+
+
+def test_a_tensor_that_is_missing_is_told_by_all_ranks(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model")
+    # An expert of rank 1 alone: rank 0 must not go on and wait for it.
+    change_weights(folder, lambda w: w.pop("model.layers.2.mlp.experts.7.up_proj.weight"))
+    with pytest.raises(RankError, match=r"--hf-load .* 1 parameters have no counterpart") as error:
+        run_hf(2, ["--hf-load", folder, EP, 2])
+    assert "rank 0 of 2 raised" in str(error.value)
+    assert "rank 1 of 2 raised" in str(error.value)
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path):
+    folder = make_qwen3_moe(tmp_path / "model")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    change_weights(folder, lambda w: w.update({name: torch.zeros(48)}))
+    with pytest.raises(RankError, match=f"no place for 1 of its tensors, the first is {name}"):
+        run_hf(1, ["--hf-load", folder])
