@@ -1,4 +1,4 @@
-"""The command line of the comparison: two folders, or one configuration to run plain and with LLEP."""
+"""The command line of the comparison: of two folders, or of runs that it starts itself."""
 
 import argparse
 import os
@@ -54,7 +54,7 @@ def build_parser(description: str, script: Path) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="compare the time to this value; default: the best level that both runs reach",
+        help="compare the time to this value; default: the level at which both runs end",
     )
     add(
         "--tolerance",
@@ -134,9 +134,7 @@ def main(argv: Sequence[str], *, description: str, launcher: Path, script: Path)
         return 1
     try:
         sides, control = read_logs(args, runs)
-        comparison = compare_runs(
-            *sides, metrics, control=control, only_common=args.common_steps
-        )
+        comparison = compare_runs(*sides, metrics, control=control, only_common=args.common_steps)
     except ValueError as error:
         parser.error(str(error))
     return finish(comparison, args, [run.shell for run in runs])
@@ -269,7 +267,9 @@ def read_logs(
         ValueError: a log is missing or holds several runs.
     """
     if runs:
-        logs = {run.kind: read_run(run.tensorboard, run.title) for run in runs if run.kind != "init"}
+        logs = {
+            run.kind: read_run(run.tensorboard, run.title) for run in runs if run.kind != "init"
+        }
         names = args.names or (KINDS["plain"], KINDS["llep"])
         sides = [replace(logs[kind], name=name) for kind, name in zip(KINDS, names, strict=False)]
         return (sides[0], sides[1]), logs.get("control")

@@ -1,7 +1,7 @@
 """The comparison of two runs: metrics judged, targets reached, one verdict."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,14 @@ class Metric:
 
     label: for people; default: the name.
     tolerance: what is allowed between the runs; None: drawn and timed, not judged.
-    target: the time to reach it is compared; None: the best level that both runs reach.
+    target: the time to reach it is compared; None: the level at which both runs end.
     smooth: each value counts as the mean of so many, itself and those before it; for metrics that
         jump, as the reward of a few samples does.
     """
 
     name: str
     label: str = ""
-    tolerance: Tolerance | None = Tolerance()
+    tolerance: Tolerance | None = field(default_factory=Tolerance)
     target: float | None = None
     smooth: int = 1
 
@@ -101,7 +101,10 @@ class Comparison:
         control = None if self.control is None else _describe_run(self.control)
         return {
             "agree": self.agree,
-            "runs": {"reference": _describe_run(self.reference), "other": _describe_run(self.other)},
+            "runs": {
+                "reference": _describe_run(self.reference),
+                "other": _describe_run(self.other),
+            },
             "control": control,
             "metrics": {each.metric.name: _describe_result(each) for each in self.results},
         }
@@ -131,7 +134,8 @@ def compare_runs(
         raise ValueError("no metric has a tolerance: there is nothing to judge the runs by")
     results = []
     for metric in metrics:
-        curves = [smooth_curve(run.curve(metric.name), metric.smooth) for run in (reference, other)]
+        first = smooth_curve(reference.curve(metric.name), metric.smooth)
+        second = smooth_curve(other.curve(metric.name), metric.smooth)
         third = None
         if control is not None and metric.tolerance:
             third = smooth_curve(control.curve(metric.name), metric.smooth)
@@ -139,7 +143,8 @@ def compare_runs(
         if metric.tolerance:
             judgement = judge(
                 metric.name,
-                *curves,
+                first,
+                second,
                 third,
                 metric.tolerance,
                 names=(reference.name, other.name),
@@ -148,11 +153,11 @@ def compare_runs(
         results.append(
             MetricResult(
                 metric=metric,
-                reference=curves[0],
-                other=curves[1],
+                reference=first,
+                other=second,
                 control=third,
                 judgement=judgement,
-                race=_race(metric, *curves),
+                race=_race(metric, first, second),
             )
         )
     return Comparison(reference=reference, other=other, control=control, results=tuple(results))

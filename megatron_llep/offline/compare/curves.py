@@ -61,7 +61,7 @@ def is_falling(curve: Curve) -> bool:
     """Whether a metric gets smaller by training: its last quarter is below its first."""
     finite = curve.values[np.isfinite(curve.values)]
     part = max(1, finite.size // 4)
-    return bool(finite.size) and finite[-part:].mean() < finite[:part].mean()
+    return bool(finite.size and finite[-part:].mean() < finite[:part].mean())
 
 
 def find_target(curve: Curve, target: float, *, falling: bool) -> Reached | None:
@@ -75,10 +75,12 @@ def find_target(curve: Curve, target: float, *, falling: bool) -> Reached | None
 
 
 def common_target(curves: Sequence[Curve], *, falling: bool) -> float | None:
-    """The best level that all curves reach; None if one has no finite value."""
+    """The level that all curves end at or beyond: the worst of their means over the last tenth.
+
+    None if one has no finite value.
+    """
     finite = [curve.values[np.isfinite(curve.values)] for curve in curves]
     if not all(values.size for values in finite):
         return None
-    if falling:
-        return float(max(values.min() for values in finite))
-    return float(min(values.max() for values in finite))
+    ends = [float(values[-max(1, values.size // 10) :].mean()) for values in finite]
+    return max(ends) if falling else min(ends)

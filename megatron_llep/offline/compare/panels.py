@@ -10,21 +10,11 @@ from typing import Any
 import numpy as np
 
 from megatron_llep.offline.compare.comparison import MetricResult, Race
+from megatron_llep.offline.compare.rows import PhaseMark
 from megatron_llep.offline.compare.verdict import Judgement
 
 REFERENCE, OTHER, CONTROL = "#d1603d", "#1d6a96", "#8a8a8a"
 INK, FAINT, BAD = "#333333", "#bbbbbb", "#b3261e"
-LOWEST_DRAWN = 1e-9
-"""Where curves that do not differ at all are drawn on a logarithmic axis."""
-
-
-@dataclass(frozen=True)
-class PhaseMark:
-    """A part of the training with a name, to be marked on the axis of steps."""
-
-    name: str
-    first_step: int
-    last_step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +69,15 @@ class OverTime:
         axes.axhline(race.target, color=FAINT, lw=1, ls=":")
         for reached, color in ((race.reference, REFERENCE), (race.other, OTHER)):
             if reached is not None:
-                axes.plot(reached.seconds, race.target, "o", color=color, ms=7, mec="white", zorder=5)
+                axes.plot(
+                    reached.seconds, race.target, "o", color=color, ms=7, mec="white", zorder=5
+                )
         if race.speedup is not None:
             faster = race.speedup if race.speedup >= 1 else 1 / race.speedup
             word = "sooner" if race.speedup >= 1 else "later"
-            axes.set_title(
-                f"{self.result.metric.title} over wall time: {race.target:.3g} {faster:.2f}x {word}"
-            )
+            where = f"{self.names[1]} is at {race.target:.3g}"
+            title = self.result.metric.title
+            axes.set_title(f"{title} over wall time: {where} {faster:.2f}x {word}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +94,19 @@ class Apart:
         found = self.judgement
         kind = "absolute" if found.tolerance.absolute else "relative"
         axes.set_yscale("log")
-        top = 3 * max(found.allowed.max(), found.apart[np.isfinite(found.apart)].max(initial=0))
+        finite = found.apart[np.isfinite(found.apart)]
+        top = 3 * max(found.allowed.max(), finite.max(initial=0))
+        drawn = np.clip(found.apart, None, top / 2)
+        lowest = drawn[drawn > 0].min(initial=found.allowed.min() / 10)
         axes.fill_between(found.steps, found.allowed, top, color=BAD, alpha=0.07, lw=0)
         axes.plot(found.steps, found.allowed, color=BAD, lw=1, label="allowed")
         if found.control is not None:
-            drawn = np.maximum(found.control, LOWEST_DRAWN)
-            axes.plot(found.steps, drawn, "--", color=CONTROL, lw=1, label="control")
-        drawn = np.clip(found.apart, LOWEST_DRAWN, top)
-        axes.plot(found.steps, drawn, color=OTHER, lw=1.4, label=self.names[1])
-        axes.set_ylim(LOWEST_DRAWN / 2, top)
+            _plot_growth(axes, found.steps, found.control, CONTROL, "control")
+        _plot_growth(axes, found.steps, drawn, OTHER, self.names[1])
+        axes.set_ylim(lowest / 3, top)
         word = "within what is allowed" if found.agree else "MORE THAN IS ALLOWED"
+        if not found.apart.any():
+            word = "no difference"
         axes.set_title(f"{self.title}: {word}", color=INK if found.agree else BAD)
         axes.set_ylabel(f"{kind} difference from {self.names[0]}")
         _mark_phases(axes, self.phases)
@@ -233,6 +228,14 @@ def _sides(result: MetricResult, names: tuple[str, str]):
         (result.reference, names[0], {"color": REFERENCE, "lw": 5, "alpha": 0.45}),
         (result.other, names[1], thin),
     )
+
+
+def _plot_growth(axes: Any, steps: np.ndarray, sizes: np.ndarray, color: str, name: str) -> None:
+    """Each step faintly, and the largest so far; steps without any difference stay empty."""
+    axes.plot(steps, np.where(sizes > 0, sizes, np.nan), ".", color=color, ms=3, alpha=0.45)
+    largest = np.maximum.accumulate(sizes)
+    label = f"{name}, largest so far"
+    axes.plot(steps, np.where(largest > 0, largest, np.nan), color=color, lw=1.6, label=label)
 
 
 def _mark_phases(axes: Any, phases: Sequence[PhaseMark]) -> None:

@@ -18,7 +18,13 @@ from megatron_llep.offline.compare.panels import (
     PhaseMark,
     StepTime,
 )
-from megatron_llep.offline.compare.rows import LLEP_PREFIX, STEP_TIME, WARM_UP_STEPS
+from megatron_llep.offline.compare.rows import (
+    LLEP_PREFIX,
+    STEP_TIME,
+    median_between,
+    timed_steps,
+)
+from megatron_llep.offline.compare.run_log import RunLog
 
 STYLE: dict[str, Any] = {
     "font.size": 10,
@@ -55,6 +61,7 @@ def draw_picture(panels: Sequence[Panel], title: str, path: Path, *, columns: in
         figure, grid = plt.subplots(
             rows, columns, figsize=(6.2 * columns, 3.7 * rows + 0.5), layout="constrained"
         )
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         cells = np.atleast_1d(grid).ravel()
         for panel, axes in zip(panels, cells, strict=False):
             panel.draw(axes)
@@ -89,32 +96,62 @@ def metric_panels(
 def standard_panels(comparison: Comparison, names: tuple[str, str]) -> list[Panel]:
     """All panels of a comparison that need nothing but the logs."""
     panels = metric_panels(comparison, names)
-    before = comparison.other.curves.get(LLEP_PREFIX + "overload_factor_before")
-    after = comparison.other.curves.get(LLEP_PREFIX + "overload_factor_after")
-    if before is not None and after is not None:
-        panels.append(
-            BeforeAfter(
-                title="Imbalance of the worst layer",
-                ylabel="most loaded rank / mean",
-                steps=before.steps,
-                before=before.values,
-                after=after.values,
-                balanced=1,
-                bottom=0.95,
-            )
-        )
-    times = [run.curves.get(STEP_TIME) for run in (comparison.reference, comparison.other)]
-    if times[0] is not None and times[1] is not None:
-        first = min(curve.steps[min(WARM_UP_STEPS, curve.steps.size - 1)] for curve in times)
-        last = max(curve.steps[-1] for curve in times)
-        medians = [np.median(curve.values[curve.steps >= first]) for curve in times]
-        panels.append(
-            StepTime(
-                steps=(times[0].steps, times[1].steps),
-                seconds=(times[0].values, times[1].values),
-                medians=(float(medians[0]), float(medians[1])),
-                timed=(int(first), int(last)),
-                names=names,
-            )
-        )
+    panels += load_panels(comparison.other)
+    panels += step_time_panels(comparison, names)
     return panels
+
+
+def load_panels(log: RunLog, phases: Sequence[PhaseMark] = ()) -> list[Panel]:
+    """Imbalance and work of the most loaded rank, before and after; none of a plain run."""
+    curves = [
+        log.curves.get(f"{LLEP_PREFIX}{name}_{when}")
+        for name in ("overload_factor", "max_tokens")
+        for when in ("before", "after")
+    ]
+    if any(curve is None for curve in curves):
+        return []
+    before, after, most_before, most_after = (curve for curve in curves if curve is not None)
+    return [
+        BeforeAfter(
+            title="Imbalance of the worst layer",
+            ylabel="most loaded rank / mean",
+            steps=before.steps,
+            before=before.values,
+            after=after.values,
+            balanced=1,
+            bottom=0.95,
+            phases=phases,
+        ),
+        BeforeAfter(
+            title="Work of the most loaded rank, worst layer",
+            ylabel="(token, expert) pairs computed",
+            steps=most_before.steps,
+            before=most_before.values,
+            after=most_after.values,
+            balanced=float(np.median(most_before.values / before.values)),
+            bottom=0,
+            phases=phases,
+        ),
+    ]
+
+
+def step_time_panels(
+    comparison: Comparison, names: tuple[str, str], phases: Sequence[PhaseMark] = ()
+) -> list[Panel]:
+    """Megatron's time of each step, if both runs logged it; of phases the last one is timed."""
+    reference, other = (
+        run.curves.get(STEP_TIME) for run in (comparison.reference, comparison.other)
+    )
+    if reference is None or other is None:
+        return []
+    timed = timed_steps(reference, phases)
+    return [
+        StepTime(
+            steps=(reference.steps, other.steps),
+            seconds=(reference.values, other.values),
+            medians=(median_between(reference, timed), median_between(other, timed)),
+            timed=timed,
+            names=names,
+            phases=phases,
+        )
+    ]

@@ -14,20 +14,20 @@ from megatron_llep.offline.compare.table import Row, format_table, format_verdic
 from megatron_llep.offline.compare.wandb_out import log_comparison, wandb_is_on
 
 HOW_MEASURED = {
-    "difference": "At each step that both runs logged, as a part of the first run's value unless it "
-    "says absolute. The first steps are held to a tight bound, which a wrong gradient, another "
-    "learning rate or other data cannot keep; later ones to a wide one, because training multiplies "
-    "the rounding differences of two orders of summation.",
+    "difference": "At each step that both runs logged, as a part of the first run's value unless "
+    "it says absolute. The first steps are held to a tight bound, which a wrong gradient, another "
+    "learning rate or other data cannot keep; later ones to a wide one, because training "
+    "multiplies the rounding differences of two orders of summation.",
     "control": "The first run against itself, with another order of summation or another seed. "
     "Where one was given, the second run must also stay within a multiple of what the control "
     "showed up to about twice as many steps, at every step and on average over blocks of steps.",
     "wall time": "From the times at which values were logged: from the first logged step on, so "
     "without start-up and first step; where a run was resumed or has phases, without the time "
     "between them. Evaluation and rollouts are inside.",
-    "time to a target": "The first logged value at the target or beyond. Where no target was given, "
-    "it is the best level that both runs reach.",
-    "imbalance": "Tokens of the most loaded rank / mean over ranks, worst layer. Of a plain run: what "
-    "the routing of the LLEP run asks of the ranks before it is balanced.",
+    "time to a target": "The first logged value at the target or beyond. Where no target was "
+    "given, it is the level at which both end: the worse of their means over the last tenth.",
+    "imbalance": "Tokens of the most loaded rank / mean over ranks, worst layer. Of a plain run: "
+    "what the routing of the LLEP run asks of the ranks before it is balanced.",
 }
 
 

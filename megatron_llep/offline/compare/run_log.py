@@ -100,7 +100,7 @@ def join_sessions(sessions: Sequence[Session], name: str, source: str) -> RunLog
     if not sessions:
         raise ValueError(f"{name} ({source}): the log has no scalar in it")
     kept: dict[str, np.ndarray] = {}
-    offset, owners = 0.0, {}
+    owners: dict[str, Path] = {}
     for session in sessions:
         for metric, rows in session.rows.items():
             first = rows[:, 0].min()

@@ -37,60 +37,62 @@ def format_verdict(comparison: Comparison, subject: str | None = None) -> str:
     named = subject is None or len(judgements) > 1
     subject = subject or f"{comparison.reference.name} and {comparison.other.name}"
     if comparison.agree:
-        parts = [_describe(comparison, each, each.checks, named=named) for each in judgements]
-        return f"{subject} agree: {'; '.join(parts)}.{_describe_control(comparison)}"
-    parts = [
-        _describe(comparison, each, [c for c in each.checks if not c.ok], named=named)
-        for each in judgements
-        if not each.agree
-    ]
-    return f"{subject.upper()} DIFFER: {'; '.join(parts)}.{_describe_control(comparison)}"
+        said, word = judgements, "agree"
+    else:
+        said, word = tuple(each for each in judgements if not each.agree), "DIFFER"
+        subject = subject.upper()
+    parts = [_describe(comparison, each, named=named) for each in said]
+    return f"{subject} {word}: {'; '.join(parts)}."
 
 
-def _describe(
-    comparison: Comparison, judgement: Judgement, checks: Sequence[Check], *, named: bool
-) -> str:
+def _describe(comparison: Comparison, judgement: Judgement, *, named: bool) -> str:
     """One metric: the differences that were found, with what is allowed."""
     kind = "absolute" if judgement.tolerance.absolute else "relative"
-    parts: list[str] = []
-    for check in checks:
-        if check.name == "steps":
-            parts.append(f"{judgement.gap} (--common-steps compares what is common)")
-            continue
-        value = "not finite" if check.value == float("inf") else f"{check.value:.1e}"
-        first = not any("apart" in part for part in parts)
-        apart = f"at most {value} apart ({kind})" if first else value
-        parts.append(f"{apart} {check.what}, {check.allowed:.0e} allowed")
-    text = "; ".join(parts)
-    if judgement.gap and not any(check.name == "steps" for check in checks):
-        text += f" ({judgement.gap})"
-    title = comparison.result(judgement.metric).metric.title
-    return f"{title} {text}" if named else text
-
-
-def _describe_control(comparison: Comparison) -> str:
-    """What the bounds rest on."""
-    if comparison.control is None:
-        return ""
+    # Where runs differ only the bounds that are not kept.
+    checks = [check for check in judgement.checks if judgement.agree or not check.ok]
+    stated = [check for check in checks if check.name in ("early", "overall")]
     parts = []
-    for judgement in comparison.judgements:
-        title = comparison.result(judgement.metric).metric.title
-        if judgement.control is None:
-            continue
-        if judgement.factor is None:
-            parts.append(f"{title}: the same to the last digit, so it measures nothing")
-        else:
-            parts.append(
-                f"{title} apart by up to {judgement.control.max():.1e}, of which "
-                f"{judgement.factor:g} times is allowed at each step"
-            )
-    return f" Control ({comparison.control.name} against {comparison.reference.name}): " + (
-        "; ".join(parts) + "."
-    )
+    if judgement.gap:
+        failed = any(check.name == "steps" for check in checks)
+        hint = " (--common-steps compares what is common)" if failed else ""
+        parts.append(judgement.gap + hint)
+    parts += [
+        f"{'at most ' if check is stated[0] else ''}{_size(check.value)}"
+        f"{f' apart ({kind})' if check is stated[0] else ''} {check.what}, "
+        f"{check.allowed:.0e} allowed"
+        for check in stated
+    ]
+    if comparison.control is not None and judgement.control is not None:
+        parts.append(_describe_control(comparison, judgement, checks))
+    text = "; ".join(parts)
+    return f"{comparison.result(judgement.metric).metric.title} {text}" if named else text
+
+
+def _describe_control(comparison: Comparison, judgement: Judgement, checks: Sequence[Check]) -> str:
+    """What was found against the control."""
+    assert comparison.control is not None
+    assert judgement.control is not None
+    control, reference = comparison.control.name, comparison.reference.name
+    if judgement.factor is None:
+        return f"the control ({control}) is {reference} to the last digit and measures nothing"
+    size = f"is up to {judgement.control.max():.1e} apart from {reference}"
+    times = f"{judgement.factor:g} times what the control ({control}) is"
+    broken = [
+        f"{_size(check.value)} {check.what}, {check.allowed:.0e} allowed"
+        for check in checks
+        if check.name in ("control", "average") and not check.ok
+    ]
+    if broken:
+        return f"more than {times}: {', '.join(broken)}; the control {size}"
+    return f"nowhere more than {times}, which {size}"
+
+
+def _size(value: float) -> str:
+    return "not finite" if value == float("inf") else f"{value:.1e}"
 
 
 NO_CONTROL = (
-    "No control was given: the tolerance is stated, not measured (--control measures what \"the "
+    'No control was given: the tolerance is stated, not measured (--control measures what "the '
     'same" means for this run).'
 )
 

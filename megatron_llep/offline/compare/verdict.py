@@ -1,19 +1,19 @@
-"""Whether two curves are the same: by a stated tolerance, and by what "the same" means for this run.
+"""Whether two curves are the same: by a stated tolerance, and by what this run's noise is.
 
 Letters: N common logged values of a metric.
 
 Two trainings that add the same numbers in another order differ by rounding, some 1e-7 of the loss
 in fp32. Training multiplies such differences: once a token whose two best experts tie takes the
-other one, they grow by orders of magnitude, at a step that is chance. So the first steps are held to
-a tight bound, which a wrong gradient, another learning rate, another seed or other data cannot
+other one, they grow by orders of magnitude, at a step that is chance. So the first steps are held
+to a tight bound, which a wrong gradient, another learning rate, another seed or other data cannot
 keep, and the later ones to a wide one.
 
 How wide is right, a *control* tells: the reference against itself, with another order of summation
-or another seed. With a control the other curve must also stay within `factor` times what the control
-showed up to about twice as many steps (as the step at which differences begin to grow is chance), at
-every step and on average over blocks of steps. The average finds a small shift in one direction that
-hides in noise: over n steps noise averages out, the shift does not. A control that is the reference
-to the last digit measures nothing and is left out.
+or another seed. With a control the other curve must also stay within `factor` times what the
+control showed up to about twice as many steps (as the step at which differences begin to grow is
+chance), at every step and on average over blocks of steps. The average finds a small shift in one
+direction that hides in noise: over n steps noise averages out, the shift does not. A control that
+is the reference to the last digit measures nothing and is left out.
 """
 
 from dataclasses import dataclass
@@ -160,12 +160,13 @@ def judge(
         so_far = _largest_so_far(control_apart, steps - steps[0])
         every_step = np.maximum(tolerance.early, factor * so_far)
         allowed = np.minimum(allowed, every_step)
-        checks.append(_worst("control", "at the step where it is most", apart, every_step))
+        checks.append(_worst("control", "at one step", apart, every_step))
         blocks = np.array_split(np.arange(steps.size), min(BLOCKS, steps.size))
         means, scale = _average_blocks(signed, c, blocks)
         ends = np.array([steps[block[-1]] - steps[0] for block in blocks])
         bounds = np.maximum(tolerance.early, factor * _largest_so_far(scale, ends))
-        checks.append(_worst("average", f"on average over 1/{len(means)} of the steps", means, bounds))
+        what = f"on average over 1/{len(means)} of the steps"
+        checks.append(_worst("average", what, means, bounds))
     return Judgement(
         metric=metric,
         tolerance=tolerance,
@@ -230,7 +231,9 @@ def _steps_of_control(
             "is as long, or --common-steps"
         )
     if not np.isfinite(values_at(control, common)).all():
-        raise ValueError(f"{metric}: the control is not finite at some step, so it measures nothing")
+        raise ValueError(
+            f"{metric}: the control is not finite at some step, so it measures nothing"
+        )
     return common
 
 

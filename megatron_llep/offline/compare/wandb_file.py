@@ -29,12 +29,12 @@ def read_wandb_file(path: Path) -> Session:
         ValueError: it is no such file.
     """
     try:
-        from wandb.proto.wandb_internal_pb2 import Record
+        from wandb.proto import wandb_internal_pb2
     except ImportError as error:
         raise ImportError("wandb logs need wandb: pip install 'megatron-llep[wandb]'") from error
     rows = defaultdict(list)
     for data in read_records(path):
-        record = Record.FromString(data)
+        record = wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
         if record.WhichOneof("record_type") != "history":
             continue
         items = {

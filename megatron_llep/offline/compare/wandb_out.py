@@ -73,7 +73,9 @@ def log_comparison(
                 run.log(values, step=step)
     with start("comparison", "comparison") as run:
         names = [comparison.reference.name, comparison.other.name]
-        table = wandb.Table(columns=["figure", *names, "together"], data=[list(row) for row in rows])
+        table = wandb.Table(
+            columns=["figure", *names, "together"], data=[list(row) for row in rows]
+        )
         run.log({"comparison": table, "picture": wandb.Image(str(image))})
         run.summary.update({"agree": comparison.agree, "verdict": verdict, **(figures or {})})
 

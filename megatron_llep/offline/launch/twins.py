@@ -100,9 +100,7 @@ def plan_twins(
         command += ["--", *format_flags(shared | own | logged)]
         log = out / "logs" / f"{kind}.log"
         runs.append(
-            Run(
-                kind=kind, title=title, command=command, log=log, tensorboard=folder, steps=steps
-            )
+            Run(kind=kind, title=title, command=command, log=log, tensorboard=folder, steps=steps)
         )
 
     start: Flags = {}
