@@ -12,9 +12,7 @@ Exit code: 0 if the loss curves agree, 1 if they part or a run fails, 2 for unus
 """
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -22,15 +20,18 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import demo_measure
+import demo_figures
 import demo_plan
-import demo_plot
-import demo_report
-import demo_run
-import launch
-from demo_plan import Device, Layout
+from demo_plan import Layout
+
+from megatron_llep.machine import describe_machine
+from megatron_llep.offline.compare.read import read_run
+from megatron_llep.offline.compare.report import Report, write_report
+from megatron_llep.offline.launch.device import choose_device
+from megatron_llep.offline.launch.execute import execute
+from megatron_llep.offline.launch.flags import Flags, parse_override
+from megatron_llep.offline.launch.torchrun import count_gpus
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     layout = Layout(tp=args.tp, pp=args.pp, ep=args.ep, etp=args.etp)
-    overrides: launch.Flags = {}
+    overrides: Flags = {}
     try:
         for option in ("mixture_steps", "domain_steps"):
             if getattr(args, option) < 2:
                 flag = option.replace("_", "-")
                 raise ValueError(f"--{flag} {getattr(args, option)}: give 2 or more")
         for text in args.set:
-            overrides |= launch.parse_override(text)
+            overrides |= parse_override(text)
         demo_plan.check_layout(layout, overrides)
     except ValueError as error:
         parser.error(str(error))
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(
-    layout: Layout, overrides: launch.Flags, mixture_steps: int, domain_steps: int, out: Path
+    layout: Layout, overrides: Flags, mixture_steps: int, domain_steps: int, out: Path
 ) -> int:
     """Train both ways, write everything to `out`, print the table.
 
@@ -96,7 +97,7 @@ def compare(
     """
     started = time.monotonic()
     world_size = layout.world_size()
-    device = demo_plan.choose_device(world_size, launch.count_gpus(), len(os.sched_getaffinity(0)))
+    device = choose_device(world_size, count_gpus(), len(os.sched_getaffinity(0)))
     print(f"{world_size} ranks, {layout}, on the {device.name.upper()}", flush=True)
     if device.note:
         print(f"note: {device.note}", flush=True)
@@ -111,53 +112,49 @@ def compare(
     watches = []
     for run in runs:
         print(f"\n$ {run.shell}", flush=True)
-        watches.append(demo_run.execute(run, device))
+        watches.append(execute(run, device))
 
-    by_kind = {
-        kind: demo_measure.collect_curves(
-            [(run, watch) for run, watch in zip(runs, watches, strict=True) if run.kind == kind]
-        )
-        for kind in ("plain", "llep")
-    }
-    summary = demo_measure.summarise(by_kind["plain"], by_kind["llep"], phases)
-    summary["layout"] = f"{layout}, {world_size} ranks on the {device.name.upper()}"
-    summary["machine"] = describe_machine(device)
-    summary["how_measured"] = demo_report.explain(summary, device)
-    summary["seconds"] = time.monotonic() - started
-
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    demo_plot.draw(by_kind["plain"], by_kind["llep"], phases, summary, out / "demo.png")
-    demo_report.write_report(summary, runs, out / "demo.png", out / "report.html")
-
-    print(f"\n{demo_report.format_table(demo_report.make_rows(summary))}\n")
-    print(demo_report.format_verdict(summary))
-    print(f"report: {out / 'report.html'}   ({summary['seconds']:.0f} s in all)", flush=True)
-    return 0 if demo_measure.losses_agree(summary) else 1
-
-
-def describe_machine(device: Device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    import torch
-
-    machine: dict[str, Any] = {
-        "CPU": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load average": f"{os.getloadavg()[0]:.1f} (last minute of the demo)",
-        "torch": torch.__version__,
-        "megatron-core": version("megatron-core"),
-        "Python": platform.python_version(),
-    }
-    if device.name == "gpu":
-        machine["GPU"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return machine
-
-
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    logs, memory = {}, {}
+    for kind, name in zip(demo_figures.KINDS, demo_figures.NAMES, strict=True):
+        logs[kind] = read_run([run.tensorboard for run in runs if run.kind == kind], name)
+        memory[kind] = [w for run, w in zip(runs, watches, strict=True) if run.kind == kind]
+    comparison = demo_figures.compare_losses(logs, phases)
+    figures = demo_figures.summarise(comparison, memory, phases)
+    figures["layout"] = f"{layout}, {world_size} ranks on the {device.name.upper()}"
+    figures["seconds"] = time.monotonic() - started
+    parts = ", then ".join(
+        f"steps {phase.first_step} to {phase.last_step} on {phase.name}" for phase in phases
+    )
+    report = Report(
+        comparison=comparison,
+        title=f"Plain expert parallelism and LLEP, same seed, same data ({figures['layout']})",
+        intro="The same mixture-of-experts model, seed and data, trained twice: "
+        f"{parts}. No auxiliary loss, no forced routing.",
+        names=demo_figures.NAMES,
+        rows=demo_figures.make_rows(comparison, figures),
+        panels=demo_figures.make_panels(comparison, figures, phases),
+        columns=2,
+        subject="The loss curves",
+        figures=figures,
+        how_measured=demo_figures.explain(figures, device.name),
+        machine={
+            "machine": describe_machine(),
+            "load average": f"{os.getloadavg()[0]:.1f} (last minute of the demo)",
+            "megatron-core": version("megatron-core"),
+        },
+        commands=[f"# {run.title}\n{run.shell}\n" for run in runs],
+    )
+    write_report(
+        report,
+        summary=out / "summary.json",
+        picture=out / "demo.png",
+        page=out / "report.html",
+        wandb_project=demo_plan.WANDB_PROJECT,
+    )
+    print(
+        f"report: {out / 'report.html'}   ({time.monotonic() - started:.0f} s in all)", flush=True
+    )
+    return 0 if comparison.agree else 1
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 import importlib.util
 import json
-import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import launch
+from megatron_llep.offline.launch.execute import Run
+from megatron_llep.offline.launch.flags import Flags, format_flags, load_config
+from megatron_llep.offline.launch.torchrun import layout_world_size
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "demo.yaml"
@@ -32,7 +32,7 @@ class Layout:
     ep: int = 2
     etp: int = 1
 
-    def flags(self) -> launch.Flags:
+    def flags(self) -> Flags:
         """As Megatron's flags."""
         return {
             "--tensor-model-parallel-size": self.tp,
@@ -44,7 +44,7 @@ class Layout:
 
     def world_size(self) -> int:
         """Processes that the layout fills."""
-        return launch.layout_world_size(self.flags())
+        return layout_world_size(self.flags())
 
     def data_parallel_size(self) -> int:
         """Replicas of the dense layers."""
@@ -69,44 +69,7 @@ class Phase:
         return self.first_step + self.steps - 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training command: a phase, with LLEP or without."""
-
-    kind: str
-    phase: Phase
-    command: list[str]
-    log: Path
-    tensorboard: Path
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        return f"{'LLEP' if self.kind == 'llep' else 'plain EP'}, {self.phase.name}"
-
-    @property
-    def shell(self) -> str:
-        """The command as it can be typed in the present folder."""
-        return shlex.join(self.command).replace(f"{Path.cwd()}/", "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """Where the ranks run: `name` is cpu or gpu, `note` says why when it is no obvious choice."""
-
-    name: str
-    note: str | None
-
-    def environment(self) -> dict[str, str]:
-        """The environment of a training command."""
-        # The logs are read while the runs go on; runs never reach out to a wandb server.
-        wanted = {"PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-        if self.name == "cpu":
-            wanted |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        return {**os.environ, **wanted}
-
-
-def check_layout(layout: Layout, overrides: launch.Flags) -> launch.Flags:
+def check_layout(layout: Layout, overrides: Flags) -> Flags:
     """Check the layout against the demo's model, before anything runs.
 
     Args:
@@ -119,7 +82,7 @@ def check_layout(layout: Layout, overrides: launch.Flags) -> launch.Flags:
     Raises:
         ValueError: names the option, its value and the way out.
     """
-    sections = launch.load_config(CONFIG)
+    sections = load_config(CONFIG)
     flags = {**sections["MODEL_ARGS"], **overrides, **layout.flags()}
     for name, size in asdict(layout).items():
         if size < 1:
@@ -148,23 +111,6 @@ def check_layout(layout: Layout, overrides: launch.Flags) -> launch.Flags:
     return flags
 
 
-def choose_device(world_size: int, gpu_count: int, cores: int) -> Device:
-    """GPUs when there is one for each rank, else the CPU, saying so."""
-    if gpu_count >= world_size:
-        return Device(name="gpu", note=None)
-    notes = []
-    if gpu_count:
-        notes.append(
-            f"{world_size} ranks need {world_size} GPUs and this machine has {gpu_count}: "
-            "running on the CPU over gloo"
-        )
-    if world_size > cores:
-        notes.append(
-            f"{world_size} ranks share {cores} cores: step times say nothing about balance here"
-        )
-    return Device(name="cpu", note="; ".join(notes) or None)
-
-
 def plan_phases(mixture_steps: int, domain_steps: int) -> list[Phase]:
     """The mixture of all domains first, then one of them alone."""
     return [
@@ -179,7 +125,7 @@ def plan_phases(mixture_steps: int, domain_steps: int) -> list[Phase]:
 
 
 def plan_runs(
-    phases: list[Phase], layout: Layout, overrides: launch.Flags, out: Path, nproc: int
+    phases: list[Phase], layout: Layout, overrides: Flags, out: Path, nproc: int
 ) -> list[Run]:
     """The training commands in the order in which they run; each continues its kind's last."""
     has_wandb = importlib.util.find_spec("wandb") is not None
@@ -188,7 +134,7 @@ def plan_runs(
         for kind in ("plain", "llep"):
             folder = out / kind
             label = f"{kind}-{number}-{phase.name.replace(' ', '-')}"
-            flags: launch.Flags = {
+            flags: Flags = {
                 **overrides,
                 **layout.flags(),
                 "--global-batch-size": _global_batch_size(layout, overrides),
@@ -212,24 +158,26 @@ def plan_runs(
                 }
             command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(CONFIG)]
             command += ["--no-llep"] if kind == "plain" else []
-            command += ["--nproc", str(nproc), "--", *launch.format_flags(flags)]
+            command += ["--nproc", str(nproc), "--", *format_flags(flags)]
             runs.append(
                 Run(
                     kind=kind,
-                    phase=phase,
+                    title=f"{'LLEP' if kind == 'llep' else 'plain EP'}, {phase.name}",
                     command=command,
                     log=out / "logs" / f"{label}.log",
                     tensorboard=folder / "tensorboard" / label,
+                    steps=phase.steps,
+                    first_step=phase.first_step,
                 )
             )
     return runs
 
 
-def _global_batch_size(layout: Layout, overrides: launch.Flags) -> int:
+def _global_batch_size(layout: Layout, overrides: Flags) -> int:
     """One micro-batch a replica; as many as there are stages where pipelining needs them."""
     micro = overrides.get("--micro-batch-size")
     if micro is None:
-        micro = launch.load_config(CONFIG)["MODEL_ARGS"]["--micro-batch-size"]
+        micro = load_config(CONFIG)["MODEL_ARGS"]["--micro-batch-size"]
     return int(str(micro)) * layout.data_parallel_size() * layout.pp
 
 

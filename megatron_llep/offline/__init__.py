@@ -1,0 +1,1 @@
+"""What happens beside training: starting runs, reading what they logged, comparing them."""

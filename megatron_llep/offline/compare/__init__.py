@@ -1,0 +1,1 @@
+"""Two training runs side by side: what they logged, whether they differ, who is there sooner."""
