@@ -1,4 +1,4 @@
-"""Start pretrain/pretrain_gpt.py as a user does, and read what it logs."""
+"""Start a training script as a user does, and read what it logs."""
 
 import contextlib
 import os
@@ -57,18 +57,23 @@ def run_tiny(
     llep: bool,
     layout: Mapping[str, object] | None = None,
     processes: int | None = None,
+    config: Path = TINY,
+    script: Path = SCRIPT,
     timeout: float = 200.0,
 ) -> Log:
-    """Run configs/tiny.yaml, made smaller, through tools/launch.py and torchrun.
+    """Run a configuration, made smaller, through tools/launch.py and torchrun.
 
     Args:
         flags: Megatron's, beyond the configuration's and SMALL.
         llep: whether with LLEP, which then lends whenever the ranks' loads differ at all.
         layout: flag without dashes -> value, as for --set.
         processes: default: as many as the layout needs.
+        config: a file of configs/.
+        script: the script to run.
         timeout: seconds after which the run and all its processes are ended.
     """
-    command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(TINY)]
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(config)]
+    command += ["--script", str(script)]
     command += [] if llep else ["--no-llep"]
     command += [] if processes is None else ["--nproc", str(processes)]
     for name, value in (layout or {}).items():
