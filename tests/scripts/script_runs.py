@@ -51,9 +51,9 @@ class Log:
         return self.read("lm loss")
 
 
-def run_tiny(flags: Sequence[object], **options: Any) -> Log:
-    """Run configs/tiny.yaml, made smaller; flags and options as for `run_config`."""
-    return run_config(TINY, [*SMALL, *flags], **options)
+def run_tiny(flags: Sequence[object], *, config: Path = TINY, **options: Any) -> Log:
+    """Run configs/tiny.yaml, or another, made smaller; otherwise as `run_config`."""
+    return run_config(config, [*SMALL, *flags], **options)
 
 
 def run_config(

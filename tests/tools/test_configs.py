@@ -13,6 +13,7 @@ from megatron.training.arguments import (
 )
 
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+from megatron_llep.training.rl.arguments import add_rl_arguments
 from megatron_llep.validation import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,7 +135,7 @@ PARAMETERS_IN_BILLIONS = {
 
 def parse_flags(flags):
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser = add_llep_arguments(add_megatron_arguments(parser))
+    parser = add_rl_arguments(add_llep_arguments(add_megatron_arguments(parser)))
     return parser.parse_args(launch.format_flags(flags))
 
 
@@ -236,7 +237,7 @@ def count_parameters(shape):
 
 
 def test_every_published_model_is_there():
-    assert {path.stem for path in CONFIGS} == {"tiny", "demo", *PUBLISHED}
+    assert {path.stem for path in CONFIGS} == {"tiny", "demo", "rl-demo", *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

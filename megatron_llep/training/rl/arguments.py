@@ -101,6 +101,12 @@ def check_rl_arguments(args: Namespace) -> None:
             raise ValueError(f"{_flag(name)} {getattr(args, name)}: {reason}")
     check_chat_arguments(args)
     _check_policy(args)
+    if args.ckpt_step is not None and args.pretrained_checkpoint is not None:
+        raise ValueError(
+            f"--ckpt-step {args.ckpt_step}: Megatron would look for that step in "
+            "--pretrained-checkpoint too; to go on from it, write its number into "
+            "latest_checkpointed_iteration.txt of --load and leave the flag out"
+        )
     _check_batches(args)
     _check_lengths(args)
     if args.eval_iters:

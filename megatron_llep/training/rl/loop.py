@@ -142,7 +142,6 @@ class Loop:
     def _roll_out(
         self, model: torch.nn.Module, number: int, iteration: int, ref_state_dict: State
     ) -> Rollout:
-        stop_replay()  # of the last rollout's training
         if self._args.overlap_param_gather:
             # The optimizer's last step may still be on its way into the weights.
             model.start_param_sync(force_sync=True)

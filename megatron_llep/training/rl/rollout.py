@@ -19,6 +19,7 @@ from megatron.training import get_tokenizer
 from megatron_llep.integration.watch_loads import watch_loads
 from megatron_llep.training.chat import Chat, build_chat
 from megatron_llep.training.generation import Generations, generate
+from megatron_llep.training.rl.replay import stop_replay
 from megatron_llep.training.rl.task import Prompt, Task, get_reward
 
 # What a generator is seeded with besides the run's seed and numbers.
@@ -140,6 +141,7 @@ class Player:
         self, model: torch.nn.Module, questions: list[Question], uniforms: torch.Tensor | None
     ) -> Answers:
         """Answer greedily where there are no draws [answers, tokens]."""
+        stop_replay()  # of the training step before
         start = time.perf_counter()
         tokens: list[list[int]] = []
         logprobs: list[list[float]] = []
