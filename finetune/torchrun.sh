@@ -1,18 +1,11 @@
 #!/usr/bin/env bash
-# Pre-train on one machine, on its GPUs or, where there are none, on its CPU.
+# Fine-tune on one machine, on its GPUs or, where there are none, on its CPU. The configuration says
+# which script runs: SFT or RL.
 #
-#   pretrain/torchrun.sh configs/tiny.yaml -- --mock-data
-#   pretrain/torchrun.sh configs/tiny.yaml --no-llep -- --data-path data/docs --train-iters 50
+#   finetune/torchrun.sh configs/sft-demo.yaml -- --data-path data/sums.jsonl --save runs/sft
+#   finetune/torchrun.sh configs/rl-demo.yaml -- --pretrained-checkpoint runs/sft
 #
-# Arguments go to tools/launch.py as they are: the YAML file, its options, then `--` and Megatron's
-# flags. Variables:
-#   PYTHON  interpreter that has megatron-llep (default: .venv/bin/python, else python3)
+# Arguments and variables are those of pretrain/torchrun.sh.
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-if [[ -z ${PYTHON:-} && ! -x $python ]]; then
-    python=python3
-fi
-
-exec "$python" "$root/tools/launch.py" "$@"
+exec "$(dirname "${BASH_SOURCE[0]}")/../pretrain/torchrun.sh" "$@"

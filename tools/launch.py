@@ -3,11 +3,13 @@
     python tools/launch.py configs/tiny.yaml -- --mock-data
     python tools/launch.py configs/tiny.yaml --no-llep -- --mock-data --train-iters 50
     python tools/launch.py configs/tiny.yaml --set --tensor-model-parallel-size=2 --dry-run
+    python tools/launch.py configs/sft-demo.yaml -- --data-path data/chat.jsonl
     python tools/launch.py configs/gpt-oss-120b.yaml --nnodes 8 --node-rank 3 \
         --rdzv-endpoint node0:29500 -- --data-path data/docs --save checkpoints
 
-Flags come from the sections MODEL_ARGS, LAYOUT_ARGS and LLEP_ARGS, then from --set, then from what
-follows `--`; of a flag given twice the later wins. Values read as in Megatron's own YAML files:
+Flags come from the sections MODEL_ARGS, LAYOUT_ARGS and LLEP_ARGS, first those of the file named as
+BASE if there is one, then from --set, then from what follows `--`; of a flag given twice the later
+wins. SCRIPT names the training script. Values read as in Megatron's own YAML files:
 true gives a bare flag, false or null leaves the flag out, a list gives several values.
 """
 
@@ -18,7 +20,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_llep.offline.launch.flags import Flags, load_config, parse_extra, parse_override
+from megatron_llep.offline.launch.flags import (
+    Flags,
+    find_script,
+    load_config,
+    parse_extra,
+    parse_override,
+)
 from megatron_llep.offline.launch.torchrun import (
     build_command,
     choose_environment,
@@ -26,7 +34,8 @@ from megatron_llep.offline.launch.torchrun import (
     count_gpus,
 )
 
-DEFAULT_SCRIPT = Path(__file__).resolve().parents[1] / "pretrain" / "pretrain_gpt.py"
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_SCRIPT = "pretrain/pretrain_gpt.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--node-rank", type=int, help="rank of this node, 0 to nnodes - 1")
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the nodes meet")
     parser.add_argument(
-        "--script", type=Path, default=DEFAULT_SCRIPT, help="default: pretrain/pretrain_gpt.py"
+        "--script", type=Path, help=f"default: the configuration's SCRIPT, else {DEFAULT_SCRIPT}"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command, run nothing")
     return parser
@@ -99,13 +108,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for option, value in (("--nnodes", args.nnodes), ("--nproc", args.nproc)):
             if value is not None and value < 1:
                 raise ValueError(f"{option} {value}: give 1 or more")
-        if not args.script.is_file():
-            raise ValueError(f"--script {args.script}: no such file")
         flags = collect_flags(args, extra)
+        script = args.script or ROOT / (find_script(args.config) or DEFAULT_SCRIPT)
+        if not script.is_file():
+            raise ValueError(f"--script {script}: no such file")
         gpu_count = count_gpus()
         nproc = args.nproc or choose_nproc(flags, args.nnodes, gpu_count)
         command = build_command(
-            args.script, flags, nproc, args.nnodes, args.node_rank, args.rdzv_endpoint
+            script, flags, nproc, args.nnodes, args.node_rank, args.rdzv_endpoint
         )
         environment = choose_environment(flags, gpu_count)
     except ValueError as error:

@@ -1,7 +1,6 @@
 """Every file in configs/ is understood by Megatron 0.19 and has the published model's shape."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,13 @@ from megatron.training.arguments import (
 )
 
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+from megatron_llep.offline.launch.flags import find_script, format_flags, load_config
+from megatron_llep.offline.launch.torchrun import layout_world_size
 from megatron_llep.training.rl.arguments import add_rl_arguments
+from megatron_llep.training.sft.arguments import add_sft_arguments
 from megatron_llep.validation import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import launch  # noqa: E402
-
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 # From config.json of each model on Hugging Face (addresses in the YAML files), under these names.
@@ -124,6 +122,9 @@ PUBLISHED = {
         "glu": ("silu", 0.0, None),
     },
 }
+ON_CPUS = ("tiny", "demo", "sft-demo", "rl-demo")
+RECIPES = {"sft-gpt-oss-20b": "gpt-oss-20b", "sft-qwen3-30b-a3b": "qwen3-30b-a3b"}
+"""Fine-tuning on 8 GPUs, of a published model."""
 PARAMETERS_IN_BILLIONS = {
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,
@@ -135,13 +136,14 @@ PARAMETERS_IN_BILLIONS = {
 
 def parse_flags(flags):
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser = add_rl_arguments(add_llep_arguments(add_megatron_arguments(parser)))
-    return parser.parse_args(launch.format_flags(flags))
+    for add in (add_megatron_arguments, add_llep_arguments, add_sft_arguments, add_rl_arguments):
+        parser = add(parser)
+    return parser.parse_args(format_flags(flags))
 
 
 def flags_of(path):
     merged = {}
-    for flags in launch.load_config(path).values():
+    for flags in load_config(path).values():
         merged |= flags
     return merged
 
@@ -151,7 +153,7 @@ def build_transformer_config(path):
     flags = flags_of(path) | {"--no-rope-fusion": True}  # fused only with Transformer Engine
     args = parse_flags(flags)
     args.rank = 0
-    args.world_size = launch.layout_world_size(flags)
+    args.world_size = layout_world_size(flags)
     with pytest.MonkeyPatch.context() as monkeypatch:
         # Of the GPUs that these models need; that of a CPU is 0.0.
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -237,13 +239,25 @@ def count_parameters(shape):
 
 
 def test_every_published_model_is_there():
-    assert {path.stem for path in CONFIGS} == {"tiny", "demo", "rl-demo", *PUBLISHED}
+    assert {path.stem for path in CONFIGS} == {*ON_CPUS, *PUBLISHED, *RECIPES}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shape_is_the_published_one(name):
     args, config = build_transformer_config(ROOT / "configs" / f"{name}.yaml")
     assert shape_of(args, config) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_fine_tuning_keeps_the_shape_on_8_gpus(name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    args, config = build_transformer_config(path)
+    assert shape_of(args, config) == PUBLISHED[RECIPES[name]]
+    assert args.world_size == 8
+    assert args.calculate_per_token_loss
+    assert args.use_distributed_optimizer
+    assert args.bf16
+    assert find_script(path) == "finetune/sft_gpt.py"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -259,14 +273,14 @@ def test_llep_accepts_the_configuration(path):
     llep = llep_config_from_args(args)
     assert llep.enabled
     check_config(config, llep)
-    assert args.moe_grouped_gemm == (path.stem in PUBLISHED)  # the others run on CPUs, too
+    assert args.moe_grouped_gemm == (path.stem not in ON_CPUS)
     assert not args.moe_aux_loss_coeff
     assert args.moe_router_load_balancing_type == "none"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_sections_hold_the_flags_they_name(path):
-    sections = launch.load_config(path)
+    sections = load_config(path)
     assert all(flag.startswith("--moe-llep") for flag in sections["LLEP_ARGS"])
     assert sections["LLEP_ARGS"]["--moe-llep"] is True
     assert all("-parallel-" in flag for flag in sections["LAYOUT_ARGS"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,7 +13,7 @@ Flags = dict[str, object]
 
 
 def load_config(path: Path) -> dict[str, Flags]:
-    """Read one YAML file.
+    """Read one YAML file, and the one that it names as its BASE, whose flags it overrides.
 
     Returns:
         Section name -> flags, with every section of SECTIONS present.
@@ -21,16 +22,10 @@ def load_config(path: Path) -> dict[str, Flags]:
         ValueError: no such file, not YAML, an unknown section, a key that is no flag, or a flag
             that two sections give.
     """
-    if not path.is_file():
-        raise ValueError(f"configuration {path}: no such file; see configs/ for those that exist")
-    try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"configuration {path} is not valid YAML: {error}") from error
-    if not isinstance(sections, dict) or "MODEL_ARGS" not in sections:
-        raise ValueError(f"configuration {path} has no MODEL_ARGS section")
-    seen: dict[str, str] = {}
-    for name, flags in sections.items():
+    document = _read_document(path)
+    base = document.pop("BASE", None)
+    document.pop("SCRIPT", None)
+    for name, flags in document.items():
         if name not in SECTIONS:
             raise ValueError(
                 f"configuration {path}: unknown section {name}; choose from {', '.join(SECTIONS)}"
@@ -42,12 +37,43 @@ def load_config(path: Path) -> dict[str, Flags]:
                 raise ValueError(
                     f"configuration {path}: {name} has {flag!r}, which is no flag: write --{flag}"
                 )
+    below: Mapping[str, Flags] = {} if base is None else load_config(path.parent / str(base))
+    sections = {name: below.get(name, {}) | document.get(name, {}) for name in SECTIONS}
+    if not sections["MODEL_ARGS"]:
+        raise ValueError(f"configuration {path} has no MODEL_ARGS section")
+    seen: dict[str, str] = {}
+    for name, flags in sections.items():
+        for flag in flags:
             if flag in seen:
                 raise ValueError(
                     f"configuration {path}: {flag} is in {seen[flag]} and in {name}; keep one"
                 )
             seen[flag] = name
-    return {name: sections.get(name, {}) for name in SECTIONS}
+    return sections
+
+
+def find_script(path: Path) -> str | None:
+    """The training script that a YAML file, or its BASE, is for: SCRIPT, from the checkout's root.
+
+    Raises:
+        ValueError: no such file, or not YAML.
+    """
+    document = _read_document(path)
+    if "SCRIPT" in document or "BASE" not in document:
+        return document.get("SCRIPT")
+    return find_script(path.parent / str(document["BASE"]))
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"configuration {path}: no such file; see configs/ for those that exist")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"configuration {path} is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"configuration {path} has no MODEL_ARGS section")
+    return document
 
 
 def parse_override(text: str) -> Flags:
