@@ -1,7 +1,6 @@
 """Every file in configs/ is understood by Megatron 0.19 and has the published model's shape."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,11 @@ from megatron.training.arguments import (
 )
 
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+from megatron_llep.offline.launch.flags import format_flags, load_config
+from megatron_llep.offline.launch.torchrun import layout_world_size
 from megatron_llep.validation import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import launch  # noqa: E402
-
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 # From config.json of each model on Hugging Face (addresses in the YAML files), under these names.
@@ -135,12 +132,12 @@ PARAMETERS_IN_BILLIONS = {
 def parse_flags(flags):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser = add_llep_arguments(add_megatron_arguments(parser))
-    return parser.parse_args(launch.format_flags(flags))
+    return parser.parse_args(format_flags(flags))
 
 
 def flags_of(path):
     merged = {}
-    for flags in launch.load_config(path).values():
+    for flags in load_config(path).values():
         merged |= flags
     return merged
 
@@ -150,7 +147,7 @@ def build_transformer_config(path):
     flags = flags_of(path) | {"--no-rope-fusion": True}  # fused only with Transformer Engine
     args = parse_flags(flags)
     args.rank = 0
-    args.world_size = launch.layout_world_size(flags)
+    args.world_size = layout_world_size(flags)
     with pytest.MonkeyPatch.context() as monkeypatch:
         # Of the GPUs that these models need; that of a CPU is 0.0.
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -265,7 +262,7 @@ def test_llep_accepts_the_configuration(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_sections_hold_the_flags_they_name(path):
-    sections = launch.load_config(path)
+    sections = load_config(path)
     assert all(flag.startswith("--moe-llep") for flag in sections["LLEP_ARGS"])
     assert sections["LLEP_ARGS"]["--moe-llep"] is True
     assert all("-parallel-" in flag for flag in sections["LAYOUT_ARGS"])
