@@ -17,6 +17,7 @@ from megatron_llep.offline.compare.rows import standard_rows
 from megatron_llep.offline.compare.run_log import RunLog
 from megatron_llep.offline.compare.table import NO_CONTROL
 from megatron_llep.offline.compare.verdict import Tolerance
+from megatron_llep.offline.compare.wandb_out import wandb_is_on
 from megatron_llep.offline.launch.device import choose_device
 from megatron_llep.offline.launch.execute import Run, RunFailedError, execute
 from megatron_llep.offline.launch.flags import load_config, parse_extra, read_value
@@ -241,7 +242,7 @@ def plan(args: argparse.Namespace, extra: Sequence[str], launcher: Path) -> list
         control=args.control or "order",
         nproc=args.nproc,
         gpu_count=count_gpus(),
-        wandb_project=args.wandb_project,
+        wandb_project=args.wandb_project if wandb_is_on() else None,
     )
     for run in runs:
         if run.tensorboard.parent.exists():
@@ -296,11 +297,12 @@ def finish(comparison: Comparison, args: argparse.Namespace, commands: Sequence[
     """Write and print everything; returns the exit code."""
     names = (comparison.reference.name, comparison.other.name)
     out = args.out
+    note = NO_CONTROL if comparison.control is None else ""
     report = Report(
         comparison=comparison,
         title=f"{names[0]} and {names[1]}, side by side",
         intro=f"{comparison.reference.source} and {comparison.other.source}, compared on "
-        f"{time.strftime('%Y-%m-%d')}.",
+        f"{time.strftime('%Y-%m-%d')}. {note}",
         names=names,
         rows=standard_rows(comparison),
         panels=standard_panels(comparison, names),
@@ -314,7 +316,7 @@ def finish(comparison: Comparison, args: argparse.Namespace, commands: Sequence[
         page=out / "compare.html",
         wandb_project=args.wandb_project,
     )
-    if comparison.control is None:
-        print(NO_CONTROL)
+    if note:
+        print(note)
     print(f"report: {out / 'compare.html'}", flush=True)
     return 0 if comparison.agree else 1
