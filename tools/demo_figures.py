@@ -43,7 +43,7 @@ def compare_losses(logs: Mapping[str, RunLog], phases: Sequence[Phase]) -> Compa
         steps = log.curve(LOSS).steps
         if not np.array_equal(steps, np.arange(1, phases[-1].last_step + 1)):
             raise RuntimeError(
-                f"the TensorBoard log of {log.name} has {steps.size} of {phases[-1].last_step} steps"
+                f"the log of {log.name} has {steps.size} of {phases[-1].last_step} steps"
             )
     return compare_runs(logs["plain"], logs["llep"], [Metric(name=LOSS, label="loss")])
 
@@ -116,9 +116,8 @@ def make_rows(comparison: Comparison, summary: Mapping[str, Any]) -> list[Row]:
         told = format_ratio(plain, llep) if note is None else note
         return title, f"{plain:.0f}{unit}", f"{llep:.0f}{unit}", told
 
-    loss, to_target = metric_rows(comparison.results[0])
     rows = [
-        loss,
+        metric_rows(comparison.results[0])[0],
         (
             "imbalance, worst step and layer",
             f"{summary['imbalance_before_max']:.2f}",
@@ -137,7 +136,6 @@ def make_rows(comparison: Comparison, summary: Mapping[str, Any]) -> list[Row]:
             summary["step_time_ms"],
             " ms",
         ),
-        to_target,
         both("peak memory of the worst rank", summary["peak_memory_mib"], " MiB"),
     ]
     of_steps = summary["peak_memory_of_steps_mib"]

@@ -12,6 +12,7 @@ import pytest
         ("megatron_llep", ["torch", "megatron"]),
         ("megatron_llep.planner", ["torch", "megatron"]),
         ("megatron_llep.config", ["torch", "megatron"]),
+        ("megatron_llep.offline.compare.command", ["torch", "megatron", "matplotlib", "wandb"]),
         ("megatron_llep.device", ["megatron", "transformer_engine"]),
     ],
 )

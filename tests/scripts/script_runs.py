@@ -16,14 +16,12 @@ from typing import IO, Any
 
 import psutil
 
+from megatron_llep.offline.launch.flags import format_flags, load_config, parse_extra
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "pretrain" / "pretrain_gpt.py"
 TINY = ROOT / "configs" / "tiny.yaml"
 TAIL = 6000
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import launch  # noqa: E402
 
 # Two layers of width 32, small enough that a run's time is that of its start; the routing of a
 # few hundred tokens is uneven enough to lend in every step.
@@ -125,10 +123,10 @@ def tiny_flags(*flags: str, without: Sequence[str] = ()) -> list[str]:
 
 def config_flags(config: Path, *flags: str, without: Sequence[str] = ()) -> list[str]:
     """The flags of a configuration, with LLEP, then these."""
-    sections = launch.load_config(config)
+    sections = load_config(config)
     merged = {name: value for part in sections.values() for name, value in part.items()}
-    merged |= launch.parse_extra(flags)
-    return launch.format_flags({k: v for k, v in merged.items() if k not in without})
+    merged |= parse_extra(flags)
+    return format_flags({k: v for k, v in merged.items() if k not in without})
 
 
 def find_free_port() -> int:

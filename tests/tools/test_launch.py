@@ -12,6 +12,8 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_llep.integration.arguments import add_llep_arguments
+from megatron_llep.offline.launch.flags import load_config
+from megatron_llep.offline.launch.torchrun import choose_environment, layout_world_size
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -119,7 +121,7 @@ def test_values_reach_the_command_unsplit(dry_run):
     ],
 )
 def test_layout_world_size(sizes, world):
-    assert launch.layout_world_size(sizes) == world
+    assert layout_world_size(sizes) == world
 
 
 def test_default_number_of_processes_is_the_layout_s(dry_run):
@@ -137,15 +139,15 @@ def test_nodes_share_the_layout(dry_run):
 
 def test_one_thread_a_process_without_gpu(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert launch.choose_environment({}, gpu_count=0) == {"OMP_NUM_THREADS": "1"}
-    assert launch.choose_environment({}, gpu_count=8) == {}
+    assert choose_environment({}, gpu_count=0) == {"OMP_NUM_THREADS": "1"}
+    assert choose_environment({}, gpu_count=8) == {}
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert launch.choose_environment({}, gpu_count=0) == {}
+    assert choose_environment({}, gpu_count=0) == {}
 
 
 def test_one_cuda_queue_under_tensor_parallelism_on_gpus(monkeypatch):
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    wanted = launch.choose_environment({"--tensor-model-parallel-size": 2}, gpu_count=8)
+    wanted = choose_environment({"--tensor-model-parallel-size": 2}, gpu_count=8)
     assert wanted == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
@@ -194,14 +196,14 @@ def test_bad_options_are_errors_that_name_the_way_out(dry_run, capsys, argv, wor
 def test_bad_yaml_is_a_value_error(tmp_path, text, words):
     path = write_yaml(tmp_path, text)
     with pytest.raises(ValueError, match="configuration") as error:
-        launch.load_config(path)
+        load_config(path)
     for word in [str(path), *words]:
         assert word in str(error.value)
 
 
 def test_missing_file_is_a_value_error(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        launch.load_config(tmp_path / "none.yaml")
+        load_config(tmp_path / "none.yaml")
 
 
 def start(argv, **environment):

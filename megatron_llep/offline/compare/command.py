@@ -17,13 +17,16 @@ from megatron_llep.offline.compare.rows import standard_rows
 from megatron_llep.offline.compare.run_log import RunLog
 from megatron_llep.offline.compare.table import NO_CONTROL
 from megatron_llep.offline.compare.verdict import Tolerance
+from megatron_llep.offline.compare.wandb_out import wandb_is_on
 from megatron_llep.offline.launch.device import choose_device
 from megatron_llep.offline.launch.execute import Run, RunFailedError, execute
-from megatron_llep.offline.launch.flags import parse_extra
+from megatron_llep.offline.launch.flags import load_config, parse_extra, read_value
 from megatron_llep.offline.launch.torchrun import count_gpus
 from megatron_llep.offline.launch.twins import CONTROLS, KINDS, plan_twins
 
 DEFAULT_METRIC = "lm loss"
+EARLY_HALF = 1e-3
+"""Early tolerance of runs in bf16 and fp16; 3e-4 was seen in bf16 on a CPU."""
 
 
 def build_parser(description: str, script: Path) -> argparse.ArgumentParser:
@@ -74,10 +77,10 @@ def build_parser(description: str, script: Path) -> argparse.ArgumentParser:
     add(
         "--early-tolerance",
         type=float,
-        default=Tolerance.early,
         metavar="PART",
         help="largest relative difference in the first steps; smaller ones are never held against "
-        "the control (default: %(default)g)",
+        f"the control (default: {Tolerance.early:g}; {EARLY_HALF:g} with --config and bf16 or "
+        "fp16, whose rounding is coarser: give it for folders of such runs too)",
     )
     add(
         "--early-steps",
@@ -122,8 +125,10 @@ def main(argv: Sequence[str], *, description: str, launcher: Path, script: Path)
     parser = build_parser(description, script)
     args = parser.parse_args(own)
     try:
-        metrics = read_metrics(args)
         check_sources(args, extra)
+        if args.config and args.early_tolerance is None and _is_half(args, extra):
+            args.early_tolerance = EARLY_HALF
+        metrics = read_metrics(args)
         runs = plan(args, extra, launcher) if args.config else []
     except ValueError as error:
         parser.error(str(error))
@@ -140,6 +145,12 @@ def main(argv: Sequence[str], *, description: str, launcher: Path, script: Path)
     return finish(comparison, args, [run.shell for run in runs])
 
 
+def _is_half(args: argparse.Namespace, extra: Sequence[str]) -> bool:
+    """Whether the runs to start compute in 16 bits."""
+    flags = load_config(args.config)["MODEL_ARGS"] | parse_extra(extra)
+    return any(read_value(flags, flag, False) for flag in ("--bf16", "--fp16"))
+
+
 def read_metrics(args: argparse.Namespace) -> list[Metric]:
     """The metrics that the options speak of, those to judge first.
 
@@ -152,8 +163,9 @@ def read_metrics(args: argparse.Namespace) -> list[Metric]:
     smooth = _pairs("--smooth", args.smooth, bare=True)
     judged = [*args.metric, *absolute, *(name for name in tolerances if name)]
     judged = list(dict.fromkeys(judged)) or [DEFAULT_METRIC]
+    early = Tolerance.early if args.early_tolerance is None else args.early_tolerance
     base = Tolerance(
-        early=args.early_tolerance,
+        early=early,
         early_steps=args.early_steps,
         overall=tolerances.get("", Tolerance.overall),
         factor=args.control_factor,
@@ -230,7 +242,7 @@ def plan(args: argparse.Namespace, extra: Sequence[str], launcher: Path) -> list
         control=args.control or "order",
         nproc=args.nproc,
         gpu_count=count_gpus(),
-        wandb_project=args.wandb_project,
+        wandb_project=args.wandb_project if wandb_is_on() else None,
     )
     for run in runs:
         if run.tensorboard.parent.exists():
@@ -285,11 +297,12 @@ def finish(comparison: Comparison, args: argparse.Namespace, commands: Sequence[
     """Write and print everything; returns the exit code."""
     names = (comparison.reference.name, comparison.other.name)
     out = args.out
+    note = NO_CONTROL if comparison.control is None else ""
     report = Report(
         comparison=comparison,
         title=f"{names[0]} and {names[1]}, side by side",
         intro=f"{comparison.reference.source} and {comparison.other.source}, compared on "
-        f"{time.strftime('%Y-%m-%d')}.",
+        f"{time.strftime('%Y-%m-%d')}. {note}",
         names=names,
         rows=standard_rows(comparison),
         panels=standard_panels(comparison, names),
@@ -303,7 +316,7 @@ def finish(comparison: Comparison, args: argparse.Namespace, commands: Sequence[
         page=out / "compare.html",
         wandb_project=args.wandb_project,
     )
-    if comparison.control is None:
-        print(NO_CONTROL)
+    if note:
+        print(note)
     print(f"report: {out / 'compare.html'}", flush=True)
     return 0 if comparison.agree else 1

@@ -16,6 +16,9 @@ from megatron_llep.offline.compare.curves import (
 from megatron_llep.offline.compare.run_log import Curve, RunLog
 from megatron_llep.offline.compare.verdict import Judgement, Tolerance, judge
 
+RACE_PART = 20
+"""A target counts as reached once the mean of the last 1/20 of all values is there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -164,6 +167,9 @@ def compare_runs(
 
 
 def _race(metric: Metric, reference: Curve, other: Curve) -> Race | None:
+    # One lucky batch is no arrival.
+    window = max(1, min(reference.steps.size, other.steps.size) // RACE_PART)
+    reference, other = smooth_curve(reference, window), smooth_curve(other, window)
     target = metric.target
     if target is None:
         falling = is_falling(reference)

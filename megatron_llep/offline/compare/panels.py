@@ -98,8 +98,9 @@ class Apart:
         top = 3 * max(found.allowed.max(), finite.max(initial=0))
         drawn = np.clip(found.apart, None, top / 2)
         lowest = drawn[drawn > 0].min(initial=found.allowed.min() / 10)
-        axes.fill_between(found.steps, found.allowed, top, color=BAD, alpha=0.07, lw=0)
-        axes.plot(found.steps, found.allowed, color=BAD, lw=1, label="allowed")
+        forbidden = {"color": BAD, "alpha": 0.07, "lw": 0, "step": "mid"}
+        axes.fill_between(found.steps, found.allowed, top, **forbidden)
+        axes.step(found.steps, found.allowed, where="mid", color=BAD, lw=1, label="allowed")
         if found.control is not None:
             _plot_growth(axes, found.steps, found.control, CONTROL, "control")
         _plot_growth(axes, found.steps, drawn, OTHER, self.names[1])
@@ -110,7 +111,7 @@ class Apart:
         axes.set_title(f"{self.title}: {word}", color=INK if found.agree else BAD)
         axes.set_ylabel(f"{kind} difference from {self.names[0]}")
         _mark_phases(axes, self.phases)
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,8 @@ class LayersBeforeAfter:
     def draw(self, axes: Any) -> None:
         """Draw it."""
         layers, count = self.before.shape
-        rows = np.concatenate([self.before, np.full((1, count), np.nan), self.after])
+        gap = max(1, round(0.4 * layers))
+        rows = np.concatenate([self.before, np.full((gap, count), np.nan), self.after])
         edges = (self.steps[0] - 0.5, self.steps[-1] + 0.5, len(rows) - 0.5, -0.5)
         image = axes.imshow(
             rows,
@@ -163,12 +165,13 @@ class LayersBeforeAfter:
             extent=edges,
         )
         shown = range(0, layers, max(1, layers // 8))
-        ticks = [*shown, *(layers + 1 + row for row in shown)]
+        ticks = [*shown, *(layers + gap + row for row in shown)]
         labels = [f"{part} {row + 1}" for part in ("before", "after") for row in shown]
         axes.set_yticks(ticks, labels)
         axes.set_title(self.title)
         _mark_phases(axes, self.phases)
-        axes.figure.colorbar(image, ax=axes, pad=0.015, aspect=25)
+        scale = axes.inset_axes((0.6, 0.5, 0.38, 0.04))  # in the gap
+        axes.figure.colorbar(image, cax=scale, orientation="horizontal")
 
 
 @dataclass(frozen=True, kw_only=True)

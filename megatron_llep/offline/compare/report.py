@@ -24,8 +24,9 @@ HOW_MEASURED = {
     "wall time": "From the times at which values were logged: from the first logged step on, so "
     "without start-up and first step; where a run was resumed or has phases, without the time "
     "between them. Evaluation and rollouts are inside.",
-    "time to a target": "The first logged value at the target or beyond. Where no target was "
-    "given, it is the level at which both end: the worse of their means over the last tenth.",
+    "time to a target": "Until the mean of the last twentieth of all logged values (of fewer than "
+    "40, the value itself) is at the target or beyond. Where no target was given, it is the level "
+    "at which both end: the worse of their means over the last tenth.",
     "imbalance": "Tokens of the most loaded rank / mean over ranks, worst layer. Of a plain run: "
     "what the routing of the LLEP run asks of the ranks before it is balanced.",
 }

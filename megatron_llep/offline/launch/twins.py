@@ -115,7 +115,7 @@ def plan_twins(
     add("llep", KINDS["llep"], start | llep_extra, steps)
     if control != "none":
         what = {"order": "other order of sums", "seed": "other seed"}[control]
-        add("control", f"control, {what}", start | changed, steps)
+        add("control", f"plain EP, {what}", start | changed, steps)
     return runs
 
 
