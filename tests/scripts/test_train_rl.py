@@ -123,12 +123,13 @@ def test_what_is_logged_of_the_ranks_loads(lending, scalars):
         before = logged[f"rl/{phase}_imbalance_before"]
         after = logged[f"rl/{phase}_imbalance_after"]
         assert list(before) == ROLLOUTS
-        assert all(after[step] < before[step] for step in before)
+        assert max(before.values()) > 1.2
+        assert max(after.values()) < 1.02
     decode = logged["rl/decode_imbalance_before"]
-    assert all(value > 1 for value in decode.values())
+    assert max(decode.values()) > 1.2
     assert logged["rl/decode_imbalance_after"] == decode  # nothing is lent
-    after = logged["moe/llep/overload_factor_after"]
-    assert all(after[step] < logged["moe/llep/overload_factor_before"][step] for step in after)
+    assert max(logged["moe/llep/overload_factor_before"].values()) > 1.2
+    assert max(logged["moe/llep/overload_factor_after"].values()) < 1.02
     # What generation computes over its cache is what training computes.
     assert all(value < 1e-5 for value in logged["rl/logprob_difference"].values())
 
@@ -168,9 +169,9 @@ def test_layouts_answer_alike(layout, train, with_kl, lending, scalars):
     expected, actual = scalars("lending"), scalars(layout)
     assert actual["rl/mean_reward"][1] == expected["rl/mean_reward"][1]
     assert actual["rl/eval_reward"][0] == expected["rl/eval_reward"][0]
-    for step in (1, 2, 3, 4):
-        assert actual["grad-norm"][step] == pytest.approx(expected["grad-norm"][step], rel=1e-2)
-    assert actual["rl/kl_term"][1] < 1e-9
+    for name in ("grad-norm", "rl/truncated_from_above"):
+        for step in (1, 2, 3, 4):
+            assert actual[name][step] == pytest.approx(expected[name][step], rel=1e-3), name
 
 
 OPTIONS = {
@@ -200,12 +201,3 @@ def test_options(name, train, with_kl, lending, scalars):
         assert actual["rl/mean_reward"][1] == expected["rl/mean_reward"][1]
     if name in ("parts", "distributed optimizer", "recompute"):
         assert actual["grad-norm"][8] == pytest.approx(expected["grad-norm"][8], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_a_reward_that_fails_ends_the_run(train, folder):
-    """On one rank alone, in the middle of a rollout: no rank hangs."""
-    fail = "if len(prompt.content) == 5: return float('nan')\n    return sum"
-    (folder / "failing.py").write_text(TASK.replace("return sum", fail))
-    with pytest.raises(AssertionError, match="return a finite number"):
-        train("failing", "--rl-task", f"{folder / 'failing.py'}:make", timeout=100)

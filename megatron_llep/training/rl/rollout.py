@@ -91,9 +91,8 @@ class Player:
         """
         args = self._args
         ranks = parallel_state.get_data_parallel_world_size()
-        share = args.grpo_prompts_per_step // ranks
-        first = parallel_state.get_data_parallel_rank() * share
-        places = range(first, first + share)
+        # In turn: a global batch of whole groups has the same prompts for any number of ranks.
+        places = range(parallel_state.get_data_parallel_rank(), args.grpo_prompts_per_step, ranks)
         start = number * args.grpo_prompts_per_step
         questions = [
             self._choose(start + place) for place in places for _ in range(args.grpo_group_size)
