@@ -1,6 +1,7 @@
-# make demo    train a small MoE model with plain EP and with LLEP, and compare
-# make bench   time one MoE layer with plain EP and with LLEP
-# make test    the tests (CPU, gloo)
+# make demo      pretrain a small MoE model with plain EP and with LLEP, and compare
+# make finetune  the same for SFT and GRPO
+# make bench     time one MoE layer with plain EP and with LLEP
+# make test      the tests (CPU, gloo)
 # All targets set up .venv themselves when it is missing or out of date.
 
 VENV := .venv
@@ -19,7 +20,7 @@ EP ?= 2
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup bench demo gpu-check test test-long test-te lint format clean
+.PHONY: help setup bench demo finetune gpu-check test test-long test-te lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +34,9 @@ $(READY): pyproject.toml constraints.txt tools/find_python.sh
 
 demo: $(READY) ## train with plain EP and with LLEP, and compare: runs/demo/report.html
 	$(BIN)/python tools/demo.py --tp $(TP) --pp $(PP) --ep $(EP)
+
+finetune: $(READY) ## SFT, then GRPO, with plain EP and with LLEP: runs/finetune/sft.html, rl.html
+	$(BIN)/python tools/finetune_demo.py
 
 bench: $(READY) ## one MoE layer, plain EP against LLEP: benchmarks/results/layer.json, .png
 	$(BIN)/python benchmarks/bench_layer.py

@@ -80,6 +80,10 @@ def check_sft(args: Namespace) -> None:
     refuse_flags(args, _UNSUPPORTED)
     require_data(args, "a JSONL file of conversations")
     check_chat_arguments(args)
+    if args.split is None and get_blend_and_blend_per_split(args)[0] is not None:
+        raise ValueError(
+            "--split is missing: give the shares of training, validation and test, such as 98,2,0"
+        )
     if args.context_parallel_size > 1:
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size}: not supported with packed "

@@ -171,7 +171,7 @@ def _dataset_config(args: Namespace) -> SFTDatasetConfig:
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
-        split=args.split,
+        split=None if blend_per_split else args.split,
         multiple_validation_sets=args.multiple_validation_sets,
         full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
