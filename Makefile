@@ -7,7 +7,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := train,wandb,plot,dev
+EXTRAS := train,wandb,plot,hf,dev
 
 TE_VENV := .venv-te
 TE_READY := $(TE_VENV)/.ready
@@ -27,9 +27,10 @@ help: ## this list
 
 setup: $(READY) ## make .venv and install everything the other targets need
 
-$(READY): pyproject.toml constraints.txt tools/find_python.sh
+$(READY): pyproject.toml constraints.txt tools/find_python.sh tools/install_hf.sh
 	@python=$$(bash tools/find_python.sh) && echo "setup: $$python" && "$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	bash tools/install_hf.sh $(VENV)
 	@touch $@
 
 demo: $(READY) ## train with plain EP and with LLEP, and compare: runs/demo/report.html

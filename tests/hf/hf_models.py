@@ -3,6 +3,7 @@
 Letters: B sequences of S tokens, V vocabulary.
 """
 
+import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: make setup")
-pytest.importorskip("safetensors", reason="needs safetensors: make setup")
+for package in ("transformers", "safetensors", "megatron.bridge"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}: make setup", allow_module_level=True)
+
+import transformers  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 

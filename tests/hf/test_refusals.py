@@ -3,7 +3,6 @@
 Parsed by Megatron's real parser; the flags of the shape are those of test_flags.py.
 """
 
-import importlib.util
 import json
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from hf_models import cut_in_shards, edit_config, make_qwen3_moe, read_weights, write_weights
 from megatron.training.arguments import parse_args
+from published import DEEPSEEK_V3, GPT_OSS_20B
 
 from megatron_llep.training.hf import arguments
 from megatron_llep.training.hf.arguments import add_hf_arguments, check_hf_arguments
@@ -156,21 +156,12 @@ def test_two_sources_of_weights_are_refused(check, folder):
 
 
 def test_latent_attention_without_transformer_engine_is_refused(check, tmp_path):
-    from published import DEEPSEEK_V3
-
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
     with pytest.raises(ValueError, match=r"deepseek_v3 has multi-latent attention"):
         check("--hf-config", tmp_path)
 
 
 def test_experts_of_gpt_oss_are_not_cut(check, tmp_path):
-    from published import GPT_OSS_20B
-
     (tmp_path / "config.json").write_text(json.dumps(GPT_OSS_20B))
     with pytest.raises(ValueError, match=r"--expert-tensor-parallel-size 2: .* set it to 1"):
         check("--hf-config", tmp_path, "--tensor-model-parallel-size", 2)
-
-
-def test_bridge_is_really_there():
-    """The refusals above are about what is missing; here nothing may be."""
-    assert importlib.util.find_spec("megatron.bridge") is not None

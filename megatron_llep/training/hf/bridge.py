@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_llep.integration.local_attention import PackedDotProductAttention
 from megatron_llep.training.hf.te_stub import transformer_engine_named
 
 Task = Any
@@ -38,8 +39,11 @@ def import_bridge() -> Any:
     try:
         with transformer_engine_named():
             from megatron.bridge.models.conversion.model_bridge import get_model_bridge
+            from megatron.bridge.models.conversion.param_mapping import AutoMapping
     finally:
         logging.disable(logging.NOTSET)
+    # Bridge knows modules by their class's name; this one has attention's sinks, of its own heads.
+    AutoMapping.register_module_type(PackedDotProductAttention.__name__, "column")
     return get_model_bridge
 
 
