@@ -115,8 +115,9 @@ def test_unusable_options(compare, capsys, argv, message):
 
 @pytest.mark.timeout(120)
 def test_the_comparison_is_a_group_of_wandb_runs(compare, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     assert compare(*shlex.split("plain llep --out out --wandb-project p")) == 0
+    wandb.teardown()  # as at the end of a program: all is written
     folders = sorted((tmp_path / "out" / "wandb").glob("offline-run-*"))
     assert len(folders) == 3
     logs = [read_run(folder) for folder in folders]
@@ -150,7 +151,7 @@ def run(*command):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=380,
         check=False,
     )
 
@@ -163,7 +164,7 @@ def real_runs(tmp_path_factory):
     return out, run(*argv, "--moe-llep-imbalance-threshold", "1.0")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_plain_llep_and_control_are_started_and_agree(real_runs):
     out, done = real_runs
     assert done.returncode == 0, done.stdout + done.stderr
@@ -177,7 +178,7 @@ def test_plain_llep_and_control_are_started_and_agree(real_runs):
     assert read_run(out / "llep").curve("moe/llep/lent_experts").values.max() > 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_wandb_and_tensorboard_of_a_real_run_say_the_same(real_runs):
     pytest.importorskip("wandb")
     board = read_run(real_runs[0] / "llep" / "tensorboard")
@@ -186,17 +187,3 @@ def test_wandb_and_tensorboard_of_a_real_run_say_the_same(real_runs):
         assert wandb.curve(name).steps.tolist() == board.curve(name).steps.tolist()
         assert wandb.curve(name).values == pytest.approx(board.curve(name).values)
     assert wandb.seconds == pytest.approx(board.seconds, rel=0.3, abs=0.3)
-
-
-@pytest.mark.timeout(300)
-def test_a_real_run_with_a_learning_rate_1_percent_higher_differs(real_runs, tmp_path):
-    out, _ = real_runs
-    argv = [LAUNCHER, TINY, "--no-llep", "--", *SMALL, "--lr", "1.01e-3"]
-    argv += ["--pretrained-checkpoint", out / "init" / "checkpoint", "--finetune"]
-    started = run(*argv, "--tensorboard-dir", tmp_path / "faster")
-    assert started.returncode == 0, started.stderr
-    runs = [out / "plain", tmp_path / "faster", "--out", tmp_path / "out"]
-    for control in ([], ["--control", out / "control"]):
-        done = run(SCRIPT, *runs, *control)
-        assert done.returncode == 1, done.stdout + done.stderr
-        assert "PLAIN AND FASTER DIFFER: lm loss" in done.stdout

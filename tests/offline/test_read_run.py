@@ -85,6 +85,7 @@ def wandb_folder(tmp_path_factory):
             many = {f"moe/llep/plan_ms_layer_{layer}": step + layer for layer in range(30)}
             run.log({"lm loss": float(value), "text": "no number", **many}, step=step)
         run.log({"lm loss": float("nan")}, step=41)
+    wandb.teardown()  # as at the end of a program: all is written
     return folder
 
 
