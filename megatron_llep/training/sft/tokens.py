@@ -61,7 +61,7 @@ class TokenFile:
         first = int(np.argmax(is_long))
         counted = (
             f"{self.path}: {is_long.sum()} of {is_long.size} examples are longer than --seq-length "
-            f"{most} (the first, in line {self.lines[first]}, has {self.lengths[first]} tokens)"
+            f"{most} (the first in line {self.lines[first]}, of {self.lengths[first]} tokens)"
         )
         if not truncate:
             raise ValueError(
