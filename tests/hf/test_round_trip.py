@@ -1,5 +1,6 @@
 """Hugging Face folders in Megatron, with LLEP lending: the same logits, the same folder back."""
 
+import errno
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from hf_models import (
 )
 from hf_runs import run_hf
 
+from megatron_llep.training.hf.shard_writer import ShardWriter
 from support.ranks import RankError
 
 EP = "--expert-model-parallel-size"
@@ -56,9 +58,18 @@ def test_logits_and_export_at_tp2_ep2(tmp_path, make):
     assert_same_weights(tmp_path / "saved", folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [[EP, 4], TP2_EP2], ids=["ep4", "tp2-ep2-dp2"])
-@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss])
+FOUR_RANKS = {
+    "gpt-oss, EP 4": (make_gpt_oss, [EP, 4], ()),
+    "Qwen3-MoE, EP 4": (make_qwen3_moe, [EP, 4], pytest.mark.slow),
+    "gpt-oss, TP 2 x EP 2, DP 2": (make_gpt_oss, TP2_EP2, pytest.mark.slow),
+    "Qwen3-MoE, TP 2 x EP 2, DP 2": (make_qwen3_moe, TP2_EP2, pytest.mark.slow),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [pytest.param(*case[:2], marks=case[2], id=name) for name, case in FOUR_RANKS.items()],
+)
 def test_logits_and_export_on_four_ranks(tmp_path, make, layout):
     folder = make(tmp_path / "model")
     check_round_trip(folder, tmp_path / "saved", 4, layout, timeout=120.0)
@@ -162,3 +173,17 @@ def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path):
     change_weights(folder, lambda w: w.update({name: torch.zeros(48)}))
     with pytest.raises(RankError, match=f"no place for 1 of its tensors, the first is {name}"):
         run_hf(1, ["--hf-load", folder])
+
+
+def test_a_full_disk_ends_all_ranks(tmp_path, monkeypatch):
+    """Rank 0 alone writes; the others must not wait for its part in the next tensor."""
+
+    def fail(writer):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "_flush", fail)
+    folder = make_qwen3_moe(tmp_path / "model")
+    with pytest.raises(RankError, match=r"--hf-save .* No space left") as error:
+        run_hf(2, ["--hf-load", folder, "--hf-save", tmp_path / "saved", EP, 2])
+    assert "rank 0 of 2 raised" in str(error.value)
+    assert "rank 1 of 2 raised" in str(error.value)
