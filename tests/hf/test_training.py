@@ -1,7 +1,7 @@
 """From a Hugging Face folder through training with LLEP to a Hugging Face folder."""
 
 import torch
-from hf_models import make_gpt_oss, make_qwen3_moe, read_logits
+from hf_models import make_gpt_oss, make_qwen3_moe, read_logits, read_weights, write_weights
 from hf_runs import train_hf
 
 EP2 = ["--expert-model-parallel-size", 2]
@@ -30,6 +30,9 @@ def test_a_checkpoint_goes_before_the_folder(tmp_path):
     common = ["--train-iters", 1, *EP2]
     checkpoint = ["--save", tmp_path / "checkpoint", "--save-interval", 1]
     first = train_hf(2, ["--hf-load", folder, *common, *checkpoint])
+    weights = read_weights(other)
+    del weights["model.norm.weight"]  # so that reading it would fail
+    write_weights(other, [("model.safetensors", weights)])
     flags = ["--load", tmp_path / "checkpoint", "--hf-load", other, *common]
     resumed = train_hf(2, [*flags, "--hf-save", tmp_path / "saved"])
     for run, before in zip(resumed, first, strict=True):
