@@ -16,6 +16,7 @@ from hf_models import (
     write_weights,
 )
 from hf_runs import run_hf
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_llep.training.hf.shard_writer import ShardWriter
 from support.ranks import RankError
@@ -155,6 +156,34 @@ def change_weights(folder, change):
     weights = read_weights(folder)
     change(weights)
     write_weights(folder, [("model.safetensors", weights)])
+
+
+def quantize(weights):
+    """Replace the experts by random MXFP4 ones, as the published gpt-oss has them."""
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = weights.pop(name).shape
+        size = (experts, rows, columns // 32)
+        blocks = torch.randint(0, 256, (*size, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 125, size, generator=generator, dtype=torch.uint8)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def test_mxfp4_experts_come_back_as_plain_numbers(tmp_path):
+    folder, saved = tmp_path / "model", tmp_path / "saved"
+    make_gpt_oss(folder, torch.bfloat16, hidden_size=64, intermediate_size=32)
+    change_weights(folder, quantize)
+    edit_config(folder, quantization_config={"quant_method": "mxfp4"})
+    runs = run_hf(2, ["--hf-load", folder, "--hf-save", saved, EP, 2])
+    expected = read_logits(saved, rows=2)
+    for run in runs:
+        torch.testing.assert_close(run.logits[0], expected[run.row], atol=1e-6, rtol=1e-6)
+    packed = read_weights(folder)
+    for name, tensor in read_weights(saved).items():
+        if f"{name}_blocks" in packed:
+            parts = (packed[f"{name}_blocks"], packed[f"{name}_scales"])
+            assert torch.equal(tensor, convert_moe_packed_tensors(*parts, dtype=torch.float32))
+    assert "quantization_config" not in json.loads((saved / "config.json").read_text())
 
 
 def assert_both_ranks_raised(error):

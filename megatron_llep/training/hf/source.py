@@ -81,11 +81,7 @@ class FolderWeights(Mapping[str, torch.Tensor]):
         tensor = self._read(stored)
         if name in (EMBEDDING, OUTPUT):
             rows = self._padded_vocab_size - tensor.shape[0]
-            return (
-                tensor
-                if rows == 0
-                else torch.cat([tensor, tensor.new_zeros(rows, *tensor[0].shape)])
-            )
+            return torch.nn.functional.pad(tensor, (0, 0, 0, rows))
         if self._is_gpt_oss and name.endswith(".mlp.experts.gate_up_proj"):
             # [E, h, 2f] on disk. Bridge guesses by its shape whether to turn it, and guesses
             # wrong where h = 2f: as [E, 2f, h] it is left as it is.
