@@ -44,6 +44,22 @@ def test_rounding_that_grows_agrees_with_and_without_control(seed, growth):
     assert compare(llep, control).agree
 
 
+@settings(deadline=None)
+@given(
+    seed=st.integers(1, 10_000),
+    growth=st.sampled_from([1e-6, 1e-3, 1e-1]),
+    jump=st.integers(0, STEPS - 1),
+    size=st.sampled_from([0, 2e-4, 1e-2, 1e-1]),
+    with_control=st.booleans(),
+)
+def test_what_is_drawn_as_allowed_is_what_decides(seed, growth, jump, size, with_control):
+    llep = rounded(LOSS, seed, growth) * (1 + size * (np.arange(STEPS) == jump))
+    comparison = compare(llep, rounded(LOSS, seed + 1) if with_control else None)
+    (found,) = comparison.judgements
+    inside = bool((found.apart <= found.allowed).all())
+    assert inside == (broken(comparison) <= {"average"})
+
+
 def test_growth_may_begin_earlier_than_the_control_s():
     """At which step a tie is broken the other way is chance."""
     jump = np.where(np.arange(STEPS) >= 37, 2e-3, 1e-7)

@@ -297,6 +297,7 @@ def finish(comparison: Comparison, args: argparse.Namespace, commands: Sequence[
     """Write and print everything; returns the exit code."""
     names = (comparison.reference.name, comparison.other.name)
     out = args.out
+    panels = standard_panels(comparison, names)
     note = NO_CONTROL if comparison.control is None else ""
     report = Report(
         comparison=comparison,
@@ -305,7 +306,8 @@ def finish(comparison: Comparison, args: argparse.Namespace, commands: Sequence[
         f"{time.strftime('%Y-%m-%d')}. {note}",
         names=names,
         rows=standard_rows(comparison),
-        panels=standard_panels(comparison, names),
+        panels=panels,
+        columns=2 if len(panels) in (2, 4) else 3,
         machine={"compared on": describe_machine()},
         commands=commands,
     )

@@ -97,7 +97,8 @@ class Apart:
         finite = found.apart[np.isfinite(found.apart)]
         top = 3 * max(found.allowed.max(), finite.max(initial=0))
         drawn = np.clip(found.apart, None, top / 2)
-        lowest = drawn[drawn > 0].min(initial=found.allowed.min() / 10)
+        seen = drawn if found.control is None else np.concatenate([drawn, found.control])
+        lowest = seen[seen > 0].min(initial=found.allowed.min() / 10)
         forbidden = {"color": BAD, "alpha": 0.07, "lw": 0, "step": "mid"}
         axes.fill_between(found.steps, found.allowed, top, **forbidden)
         axes.step(found.steps, found.allowed, where="mid", color=BAD, lw=1, label="allowed")
