@@ -9,8 +9,6 @@ command from a YAML of `configs/`.
 """
 
 import time
-from argparse import Namespace
-from typing import Any
 
 # Before anything imports Megatron.
 from megatron_llep.device import prepare_megatron_training, use_cpu_if_no_gpu
@@ -31,17 +29,13 @@ def main() -> None:
     from megatron_llep.training.rl.loop import install
     from megatron_llep.training.rl.step import forward_step
 
-    def install_loop(args: Namespace) -> dict[str, Any]:
-        install(args)
-        return {}
-
     job = Job(
         build_datasets=None,
         forward_step=forward_step,
         add_arguments=add_rl_arguments,
         check=check_rl_arguments,
         flag_sources=[("Megatron's loop runs GRPO", find_rl_flags)],
-        loop_options=install_loop,
+        loop_options=install,
     )
     run(job, started=_START)
 

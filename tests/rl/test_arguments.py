@@ -7,6 +7,8 @@ import pytest
 from megatron.training.arguments import parse_args
 
 from megatron_llep.integration.arguments import add_llep_arguments
+from megatron_llep.offline.launch.flags import format_flags, load_config
+from megatron_llep.training.hf.arguments import add_hf_arguments
 from megatron_llep.training.rl.arguments import (
     add_rl_arguments,
     check_rl_arguments,
@@ -14,13 +16,9 @@ from megatron_llep.training.rl.arguments import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import launch  # noqa: E402
-
 DEMO = {
     name: value
-    for part in launch.load_config(ROOT / "configs" / "rl-demo.yaml").values()
+    for part in load_config(ROOT / "configs" / "rl-demo.yaml").values()
     for name, value in part.items()
 }
 
@@ -31,10 +29,12 @@ def check(monkeypatch):
 
     def check(changed: dict[str, object]) -> None:
         flags = {name: value for name, value in (DEMO | changed).items() if value is not None}
-        argv = launch.format_flags(flags)
+        argv = format_flags(flags)
         monkeypatch.setattr(sys, "argv", ["train_rl.py", *argv, *find_rl_flags(argv)])
         monkeypatch.setenv("WORLD_SIZE", "2")
-        args = parse_args(lambda parser: add_rl_arguments(add_llep_arguments(parser)))
+        args = parse_args(
+            lambda parser: add_rl_arguments(add_hf_arguments(add_llep_arguments(parser)))
+        )
         assert args.perform_rl_step
         check_rl_arguments(args)
 
@@ -50,6 +50,7 @@ GOOD = {
         "--micro-batch-size": 64,
     },
     "kl": {"--grpo-kl-beta": 0.1, "--pretrained-checkpoint": "somewhere"},
+    "kl to a Hugging Face model": {"--grpo-kl-beta": 0.1, "--hf-load": "somewhere"},
     "replay": {"--rl-routing-replay": "R3"},
     "no evaluation": {"--eval-iters": 0, "--rl-prompts-per-eval": 0},
 }
@@ -89,8 +90,7 @@ BAD = {
         {"--rl-routing-replay": "R2", "--num-experts": None, "--moe-llep": None},
         "--rl-routing-replay R2: .*no experts",
     ),
-    "task": ({"--rl-task": "nowhere:make"}, "--rl-task nowhere:make"),
-    "no task": ({"--rl-task": None}, "--rl-task is missing"),
+    "graphs": ({"--cuda-graph-impl": "local"}, "--cuda-graph-impl local"),
     "packing": ({"--rl-use-sequence-packing": True}, "--rl-use-sequence-packing"),
     "entropy": ({"--grpo-entropy-term-weight": 0.1}, "--grpo-entropy-term-weight"),
     "tokenizer": ({"--vocab-size": 200}, "--vocab-size 200"),

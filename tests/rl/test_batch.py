@@ -79,8 +79,13 @@ def test_llep_obeys_a_replayed_routing_in_forward_and_backward(layout, recompute
             batches = make_micro_batches(
                 samples, 2, multiple_of=layout.tp, **SETTINGS | {"sequence_parallel": layout.tp > 1}
             )
-            for batch in batches:  # one after another, as in a step
+            mine = [0, 1] if layout.tp == 2 else [rank]  # sources of these samples' tokens
+            for number, batch in enumerate(batches):  # one after another, as in a step
                 decisions.clear()
+                routings = [
+                    pad_routing(each.routing, batch.tokens.shape[1], E)
+                    for each in samples[2 * number : 2 * number + 2]
+                ]
                 replay_in_forward(batch.routing)
                 output = get_negative_logprobs(model, batch)
                 replay_in_backward()
@@ -88,8 +93,9 @@ def test_llep_obeys_a_replayed_routing_in_forward_and_backward(layout, recompute
                 assert len(decisions) == (2 * L if recompute else L)
                 order = [*range(L), *reversed(range(L))]
                 for layer, decision in zip(order, decisions, strict=False):
-                    expected = batch.routing[layer].flatten().bincount(minlength=E)
-                    assert decision.counts[rank].tolist() == expected.tolist()
+                    routed = torch.cat([routing[:, layer].flatten() for routing in routings])
+                    expected = routed.long().bincount(minlength=E)
+                    assert decision.counts[mine].sum(axis=0).tolist() == expected.tolist()
                 assert not any(decision.plan.is_fallback for decision in decisions)
             stop_replay()
             decisions.clear()

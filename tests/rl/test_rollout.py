@@ -53,8 +53,8 @@ def letters(monkeypatch):
     monkeypatch.setattr(rollout, "build_chat", lambda args, tokenizer: Letters())
 
 
-def make_player(reward=count_as, **changed) -> Player:
-    task = Task(train=PROMPTS, held_out=PROMPTS, reward=reward)
+def make_player(reward=count_as, prompts=PROMPTS, **changed) -> Player:
+    task = Task(train=prompts, held_out=prompts, reward=reward)
     return Player(Namespace(**ARGS | changed), task)
 
 
@@ -111,6 +111,15 @@ def test_ranks_together_answer_what_one_answers_alone(changed):
     assert len(matches) == 3
     assert len({tuple(answer) for answer in sampled}) > 6
     assert len(set(rewards)) > 1
+
+
+def test_the_same_prompt_is_answered_anew_each_time():
+    def ask(model):
+        player = make_player(prompts=PROMPTS[:1])
+        return [player.roll_out(model, number).tokens for number in range(2)]
+
+    ((first, second),) = play(Layout(), ask)
+    assert len({tuple(answer) for answer in first + second}) > 20  # of 24
 
 
 def test_an_error_on_one_rank_ends_all():

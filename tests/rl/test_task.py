@@ -8,12 +8,18 @@ from megatron_llep.training.rl.task import Prompt, Task, get_reward, load_task
 SHIPPED = "megatron_llep.training.rl.arithmetic:one_digit_sums"
 
 REVERSE = """
+from __future__ import annotations
+from dataclasses import dataclass
 from megatron_llep.training.rl.task import Prompt, Task
 
 WORDS = ["stone", "river", "cloud"]
 
+@dataclass
+class Hint:
+    first: str
+
 def reverse_words():
-    prompts = [Prompt(f"Reverse {word}", answer=word[::-1]) for word in WORDS]
+    prompts = [Prompt(f"Reverse {word}", answer=word[::-1], info=Hint(word[-1])) for word in WORDS]
     return Task(train=prompts[:2], held_out=prompts[2:], reward=reward)
 
 def reward(prompt, answer):
@@ -52,6 +58,7 @@ def test_arithmetic():
 def test_a_file_of_ones_own(write):
     task = load_task(f"{write(REVERSE)}:reverse_words")
     assert task.train[0].messages == [{"role": "user", "content": "Reverse stone"}]
+    assert task.train[0].info.first == "e"
     assert get_reward(task, task.train[0], "enots", name="") == 1
     assert get_reward(task, task.train[0], "enXXX", name="") == 0.4
 

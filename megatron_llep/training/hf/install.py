@@ -58,18 +58,26 @@ def hf_load_hook(folder: Path, args: Namespace) -> Callable[[Chunks], Chunks]:
         if found[0]:
             print_rank_0(f"--hf-load {folder}: left alone, --load {args.load} has a checkpoint")
             return chunks
-        # Needs the packages of the extra `hf`.
-        from megatron_llep.training.hf.load import load_hf
-
-        load_hf(
-            chunks,
-            folder,
-            tied=not args.untie_embeddings_and_output_weights,
-            padded_vocab_size=args.padded_vocab_size,
-        )
+        fill_from_hf(chunks, folder, args)
         return chunks
 
     return load
+
+
+def fill_from_hf(chunks: Chunks, folder: Path, args: Namespace) -> None:
+    """Fill the unwrapped chunks of a model of Megatron's arguments from a Hugging Face folder.
+
+    All ranks call it.
+    """
+    # Needs the packages of the extra `hf`.
+    from megatron_llep.training.hf.load import load_hf
+
+    load_hf(
+        chunks,
+        folder,
+        tied=not args.untie_embeddings_and_output_weights,
+        padded_vocab_size=args.padded_vocab_size,
+    )
 
 
 def _tokenizer_folder(args: Namespace) -> Path | None:

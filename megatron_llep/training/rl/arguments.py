@@ -6,7 +6,6 @@ from itertools import pairwise
 
 from megatron_llep.training.arguments import refuse_flags
 from megatron_llep.training.chat import check_chat_arguments
-from megatron_llep.training.rl.task import load_task
 
 ROUTING_REPLAY = ("none", "R2", "R3")
 
@@ -43,6 +42,7 @@ _REFUSED = {
     "rl_inference_expert_tensor_model_parallel_size": "--rl-inference-expert-tensor-model-"
     "parallel-size: the model that trains also answers; leave the flag out",
     "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm: it " + _LEAVE_OUT,
+    "flash_decode": "--flash-decode: it " + _LEAVE_OUT,
     "use_megatron_fsdp": "--use-megatron-fsdp: it " + _LEAVE_OUT + "; use Megatron's DDP",
     "use_torch_fsdp2": "--use-torch-fsdp2: it " + _LEAVE_OUT + "; use Megatron's DDP",
     "step_batch_size_schedule": "--step-batch-size-schedule: a rollout is a whole number of "
@@ -90,7 +90,7 @@ def find_rl_flags(argv: Sequence[str]) -> list[str]:
 
 
 def check_rl_arguments(args: Namespace) -> None:
-    """Check arguments as given, and make the task once.
+    """Check arguments as given.
 
     Raises:
         ValueError: what cannot be done; names the flag, its value and the way out.
@@ -99,6 +99,11 @@ def check_rl_arguments(args: Namespace) -> None:
     for name, reason in _SIZES.items():
         if getattr(args, name) > 1:
             raise ValueError(f"{_flag(name)} {getattr(args, name)}: {reason}")
+    if args.cuda_graph_impl not in (None, "none"):
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl}: answers differ in length, and graphs do "
+            "not; leave the flag out"
+        )
     check_chat_arguments(args)
     _check_policy(args)
     if args.ckpt_step is not None and args.pretrained_checkpoint is not None:
@@ -120,7 +125,6 @@ def check_rl_arguments(args: Namespace) -> None:
             f"--rl-routing-replay {args.rl_routing_replay}: the model has no experts to route to; "
             "leave the flag out"
         )
-    load_task(args.rl_task)
 
 
 def _check_policy(args: Namespace) -> None:
@@ -147,12 +151,13 @@ def _check_policy(args: Namespace) -> None:
             )
     if args.grpo_kl_beta < 0:
         raise ValueError(f"--grpo-kl-beta {args.grpo_kl_beta}: give 0 or more")
-    has_reference = args.pretrained_checkpoint or getattr(args, "hf_load", None)
+    has_reference = args.pretrained_checkpoint or args.hf_load
     if args.grpo_kl_beta > 0 and not has_reference:
         raise ValueError(
             f"--grpo-kl-beta {args.grpo_kl_beta}: there is no reference policy to stay near, the "
-            "same before and after a resume; give it with --pretrained-checkpoint FOLDER, from "
-            "which training then also starts, or train without with --grpo-kl-beta 0"
+            "same before and after a resume; give it with --pretrained-checkpoint FOLDER or "
+            "--hf-load FOLDER, from which training then also starts, or train without with "
+            "--grpo-kl-beta 0"
         )
 
 

@@ -9,6 +9,8 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from megatron.training import training as megatron_loop
 
 from megatron_llep.integration.watch_loads import watch_loads
 from megatron_llep.training.generation import as_in_evaluation
+from megatron_llep.training.hf.install import fill_from_hf
 from megatron_llep.training.report import average, format_values, log_scalars
 from megatron_llep.training.rl.batch import MicroBatch, Sample, make_micro_batches
 from megatron_llep.training.rl.grpo import get_group_advantages
@@ -43,23 +46,31 @@ class Rollout:
     micro_batches: list[MicroBatch]
 
 
-def install(args: Namespace, load_reference: LoadWeights | None = None) -> None:
+def install(args: Namespace) -> dict[str, Any]:
     """Have Megatron's loop train on the task of `--rl-task`.
+
+    The policy that `--grpo-kl-beta` holds on to is that of `--pretrained-checkpoint`, which
+    Megatron loads itself, or of `--hf-load`.
 
     Args:
         args: Megatron's, validated; the tokenizer is built and process groups need not be.
-        load_reference: the policy that `--grpo-kl-beta` holds on to, if that is not the checkpoint
-            of `--pretrained-checkpoint`, which Megatron loads itself.
+
+    Returns:
+        No keywords for `megatron.training.pretrain`.
 
     Raises:
-        ValueError: a prompt does not fit.
+        ValueError: the task cannot be made, or a prompt does not fit.
     """
     player = Player(args, load_task(args.rl_task))
+    load_reference: LoadWeights | None = None
+    if args.hf_load is not None:
+        load_reference = partial(fill_from_hf, folder=Path(args.hf_load), args=args)
     megatron_loop.rl_utils = Loop(args, player, load_reference)
     megatron_loop.has_rl_utils = True
     megatron_loop.RL_LOGGABLE_TIMER_NAMES = []
     # With --eval-iters above 0 Megatron would set it, and want a test set too.
     args.do_valid = bool(args.eval_interval) and player.evaluates
+    return {}
 
 
 class Loop:

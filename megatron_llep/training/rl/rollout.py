@@ -76,6 +76,7 @@ class Player:
         self.chat: Chat = build_chat(args, tokenizer)
         self._vocab_size = tokenizer.vocab_size
         self._train = [self._ask(prompt) for prompt in task.train]
+        self._order: tuple[int, np.ndarray] | None = None  # of one epoch
         self._held_out = [self._ask(prompt) for prompt in task.held_out[: args.rl_prompts_per_eval]]
 
     @property
@@ -94,9 +95,9 @@ class Player:
         # In turn: a global batch of whole groups has the same prompts for any number of ranks.
         places = range(parallel_state.get_data_parallel_rank(), args.grpo_prompts_per_step, ranks)
         start = number * args.grpo_prompts_per_step
-        questions = [
-            self._choose(start + place) for place in places for _ in range(args.grpo_group_size)
-        ]
+        questions = []
+        for place in places:
+            questions += [self._choose(start + place)] * args.grpo_group_size
         draws = [
             np.random.default_rng((_ANSWERS, args.seed, number, place)).random(
                 (args.grpo_group_size, args.rl_max_new_tokens)
@@ -131,10 +132,10 @@ class Player:
     def _choose(self, position: int) -> Question:
         """The question at a position of the endless, shuffled sequence of all of them."""
         epoch, place = divmod(position, len(self._train))
-        order = np.random.default_rng((_ORDER, self._args.seed, epoch)).permutation(
-            len(self._train)
-        )
-        return self._train[order[place]]
+        if self._order is None or self._order[0] != epoch:
+            random = np.random.default_rng((_ORDER, self._args.seed, epoch))
+            self._order = epoch, random.permutation(len(self._train))
+        return self._train[self._order[1][place]]
 
     def _play(
         self, model: torch.nn.Module, questions: list[Question], uniforms: torch.Tensor | None

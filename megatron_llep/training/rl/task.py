@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +142,11 @@ def _load_file(place: str, name: str) -> ModuleType:
         raise ValueError(
             f"--rl-task {name}: there is no file {path}; paths count from {os.getcwd()}"
         )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"_rl_task_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up; under a name that no other module has.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
