@@ -4,19 +4,16 @@ import argparse
 import functools
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 from published import DEEPSEEK_V3, GPT_OSS_20B, PUBLISHED, QWEN3_30B_A3B, as_transformers_5
 
+from megatron_llep.offline.launch.flags import format_flags, load_config
 from megatron_llep.training.hf.flags import COMPARED, flags_from_hf
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import launch  # noqa: E402
 
 SMALL = QWEN3_30B_A3B | {
     "hidden_size": 64,
@@ -38,9 +35,9 @@ def folder(tmp_path):
 
 
 def recipe_flags(name):
-    sections = launch.load_config(ROOT / "configs" / f"{name}.yaml")
+    sections = load_config(ROOT / "configs" / f"{name}.yaml")
     merged = {flag: value for section in sections.values() for flag, value in section.items()}
-    return launch.format_flags(merged)
+    return format_flags(merged)
 
 
 @functools.cache
