@@ -2,8 +2,8 @@
 
     python finetune/compare.py runs/plain runs/llep --control runs/plain-other-order
     python finetune/compare.py runs/plain runs/llep --target "lm loss=1.2" --target accuracy=0.9
-    python finetune/compare.py --config configs/tiny.yaml --out runs/tiny -- \
-        --mock-data --train-iters 60
+    python finetune/compare.py --config configs/sft-demo.yaml --out runs/sft -- \
+        --data-path data/arithmetic.jsonl --train-iters 60
 
 The first two read what runs logged: TensorBoard folders or wandb runs, offline or synced. The last
 starts plain expert parallelism, LLEP and a control from one configuration, one after another:
@@ -27,11 +27,4 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     # Turned into an exception, so that the processes of a run end with this one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(
-        main(
-            sys.argv[1:],
-            description=__doc__,
-            launcher=ROOT / "tools" / "launch.py",
-            script=ROOT / "pretrain" / "pretrain_gpt.py",
-        )
-    )
+    sys.exit(main(sys.argv[1:], description=__doc__, launcher=ROOT / "tools" / "launch.py"))

@@ -12,7 +12,7 @@ TINY = ROOT / "configs" / "tiny.yaml"
 
 
 def plan(*extra, **options):
-    options = {"launcher": Path("launch.py"), "script": Path("script.py"), **options}
+    options = {"launcher": Path("launch.py"), **options}
     runs = plan_twins(TINY, parse_extra(extra), Path("out"), **options)
     return {run.kind: run.command for run in runs}
 
@@ -91,6 +91,12 @@ def test_each_run_logs_to_wandb_under_its_name_if_asked():
 def test_what_cannot_be_compared_is_refused(extra, message):
     with pytest.raises(ValueError, match=message):
         plan(*extra)
+
+
+def test_the_configuration_chooses_the_script_unless_one_is_given():
+    assert "--script" not in plan()["llep"]
+    given = plan(script=Path("mine.py"))
+    assert all(words[words.index("--script") + 1] == "mine.py" for words in given.values())
 
 
 def test_a_seed_control_allows_dropout():

@@ -29,7 +29,7 @@ EARLY_HALF = 1e-3
 """Early tolerance of runs in bf16 and fp16; 3e-4 was seen in bf16 on a CPU."""
 
 
-def build_parser(description: str, script: Path) -> argparse.ArgumentParser:
+def build_parser(description: str) -> argparse.ArgumentParser:
     """The command-line interface."""
     parser = argparse.ArgumentParser(
         description=description,
@@ -78,8 +78,8 @@ def build_parser(description: str, script: Path) -> argparse.ArgumentParser:
         "--early-tolerance",
         type=float,
         metavar="PART",
-        help="largest relative difference in the first steps; smaller ones are never held against "
-        f"the control (default: {Tolerance.early:g}; {EARLY_HALF:g} with --config and bf16 or "
+        help="largest relative difference in the first steps "
+        f"(default: {Tolerance.early:g}; {EARLY_HALF:g} with --config and bf16 or "
         "fp16, whose rounding is coarser: give it for folders of such runs too)",
     )
     add(
@@ -108,12 +108,12 @@ def build_parser(description: str, script: Path) -> argparse.ArgumentParser:
     add("--wandb-project", help="log the comparison there, and the runs that --config starts")
     start = parser.add_argument_group("to start the runs", "Megatron's flags follow a --")
     start.add_argument("--config", type=Path, help="YAML file as in configs/")
-    start.add_argument("--script", type=Path, default=script, help="default: %(default)s")
+    start.add_argument("--script", type=Path, help="default: that of the configuration")
     start.add_argument("--nproc", type=int, help="processes (default: what the layout needs)")
     return parser
 
 
-def main(argv: Sequence[str], *, description: str, launcher: Path, script: Path) -> int:
+def main(argv: Sequence[str], *, description: str, launcher: Path) -> int:
     """Compare; returns the exit code: 0 the runs agree, 1 they differ or one failed.
 
     Unusable options end the program with exit code 2.
@@ -122,7 +122,7 @@ def main(argv: Sequence[str], *, description: str, launcher: Path, script: Path)
     if "--" in own:
         split = own.index("--")
         own, extra = own[:split], own[split + 1 :]
-    parser = build_parser(description, script)
+    parser = build_parser(description)
     args = parser.parse_args(own)
     try:
         check_sources(args, extra)
@@ -218,7 +218,7 @@ def check_sources(args: argparse.Namespace, extra: Sequence[str]) -> None:
             raise ValueError(f"{args.runs[0]}: give two folders or --config, not both")
         if (args.control or "order") not in CONTROLS:
             raise ValueError(f"--control {args.control}: with --config one of {CONTROLS}")
-        if not args.script.is_file():
+        if args.script and not args.script.is_file():
             raise ValueError(f"--script {args.script}: no such file")
         return
     if len(args.runs) != 2:

@@ -20,7 +20,9 @@ HOW_MEASURED = {
     "multiplies the rounding differences of two orders of summation.",
     "control": "The first run against itself, with another order of summation or another seed. "
     "Where one was given, the second run must also stay within a multiple of what the control "
-    "showed up to about twice as many steps, at every step and on average over blocks of steps.",
+    "showed up to about twice as many steps, at every step and on average over blocks of steps; "
+    "below a third (on average a tenth) of the stated tolerance nothing is held against it, as one "
+    "control is one sample of chance.",
     "wall time": "From the times at which values were logged: from the first logged step on, so "
     "without start-up and first step; where a run was resumed or has phases, without the time "
     "between them. Evaluation and rollouts are inside.",

@@ -75,16 +75,15 @@ def _describe_control(comparison: Comparison, judgement: Judgement, checks: Sequ
     control, reference = comparison.control.name, comparison.reference.name
     if judgement.factor is None:
         return f"the control ({control}) is {reference} to the last digit and measures nothing"
-    size = f"is up to {judgement.control.max():.1e} apart from {reference}"
-    times = f"{judgement.factor:g} times what the control ({control}) is"
+    size = f"up to {judgement.control.max():.1e} apart from {reference}"
     broken = [
         f"{_size(check.value)} {check.what}, {check.allowed:.0e} allowed"
         for check in checks
         if check.name in ("control", "average") and not check.ok
     ]
     if broken:
-        return f"more than {times}: {', '.join(broken)}; the control {size}"
-    return f"nowhere more than {times}, which {size}"
+        return f"more than the control ({control}, {size}) allows: {', '.join(broken)}"
+    return f"within what the control ({control}, {size}) allows"
 
 
 def _size(value: float) -> str:

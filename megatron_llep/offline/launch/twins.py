@@ -43,7 +43,7 @@ def plan_twins(
     out: Path,
     *,
     launcher: Path,
-    script: Path,
+    script: Path | None = None,
     control: str = "order",
     nproc: int | None = None,
     gpu_count: int = 0,
@@ -56,7 +56,7 @@ def plan_twins(
         extra: Megatron's flags beyond it, for all runs; --moe-llep-* for the LLEP run.
         out: folder for the runs' logs.
         launcher: tools/launch.py.
-        script: what it starts.
+        script: what it starts; default: what the launcher chooses for the configuration.
         control: one of CONTROLS.
         nproc: processes; default: what the layout needs.
         gpu_count: of this machine.
@@ -96,7 +96,8 @@ def plan_twins(
             logged |= {"--wandb-save-dir": out / kind}
         command = [sys.executable, str(launcher), str(config)]
         command += [] if kind == "llep" else ["--no-llep"]
-        command += ["--script", str(script), "--nproc", str(nproc)]
+        command += ["--script", str(script)] if script else []
+        command += ["--nproc", str(nproc)]
         command += ["--", *format_flags(shared | own | logged)]
         log = out / "logs" / f"{kind}.log"
         runs.append(
