@@ -16,7 +16,7 @@ from megatron_llep.training.rl.batch import Sample, make_micro_batches
 from megatron_llep.training.rl.replay import (
     pad_routing,
     record_routing,
-    replay_in_forward,
+    start_replay,
     stop_replay,
 )
 from megatron_llep.training.rl.step import get_negative_logprobs
@@ -141,7 +141,7 @@ def test_recorded_rows_are_repeated_after_the_weights_have_changed():
             for repeats in (False, True):
                 decisions.clear()
                 if repeats:
-                    replay_in_forward(rows)
+                    start_replay(rows)
                 get_negative_logprobs(model, batch)
                 same = [
                     (decision.counts == counts).all()
