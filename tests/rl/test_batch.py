@@ -3,16 +3,20 @@
 Letters: b sequences, s tokens, L layers, K experts of a token, E experts.
 """
 
+from argparse import Namespace
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.training import step
+from megatron_llep.training.rl import step as rl_step
 from megatron_llep.training.rl.batch import Sample, make_micro_batches
 from megatron_llep.training.rl.replay import (
     pad_routing,
     record_routing,
-    replay_in_backward,
-    replay_in_forward,
+    start_replay,
     stop_replay,
 )
 from megatron_llep.training.rl.step import get_negative_logprobs
@@ -22,6 +26,13 @@ from support.ranks import run_ranks
 from support.training import Run, build_model, make_config
 
 E, L, K = 8, 2, 2
+STEP_ARGS = Namespace(
+    grpo_clamp_eps_lower=0.2,
+    grpo_clamp_eps_upper=0.2,
+    calculate_per_token_loss=False,
+    check_for_nan_in_loss_and_grad=False,
+    check_for_spiky_loss=False,
+)
 SETTINGS = {"pad_id": 63, "num_experts": E, "sequence_parallel": False}
 
 
@@ -64,7 +75,9 @@ def make_samples(rank: int, number: int) -> list[Sample]:
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("layout", [Layout(ep=2), Layout(tp=2, ep=2, etp=1)], ids=str)
-def test_llep_obeys_a_replayed_routing_in_forward_and_backward(layout, recompute):
+def test_llep_obeys_a_replayed_routing_in_forward_and_backward(layout, recompute, monkeypatch):
+    for module in (rl_step, step):
+        monkeypatch.setattr(module, "get_args", lambda: STEP_ARGS)
     config = {"moe_enable_routing_replay": True}
     if recompute:
         config |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
@@ -86,10 +99,10 @@ def test_llep_obeys_a_replayed_routing_in_forward_and_backward(layout, recompute
                     pad_routing(each.routing, batch.tokens.shape[1], E)
                     for each in samples[2 * number : 2 * number + 2]
                 ]
-                replay_in_forward(batch.routing)
-                output = get_negative_logprobs(model, batch)
-                replay_in_backward()
-                output.sum().backward()
+                batch = replace(batch, old_logprobs=torch.zeros_like(batch.mask))
+                output, get_loss = rl_step.forward_step(iter([batch]), model)
+                loss, _, _ = get_loss(output)
+                loss.backward()
                 assert len(decisions) == (2 * L if recompute else L)
                 order = [*range(L), *reversed(range(L))]
                 for layer, decision in zip(order, decisions, strict=False):
@@ -128,7 +141,7 @@ def test_recorded_rows_are_repeated_after_the_weights_have_changed():
             for repeats in (False, True):
                 decisions.clear()
                 if repeats:
-                    replay_in_forward(rows)
+                    start_replay(rows)
                 get_negative_logprobs(model, batch)
                 same = [
                     (decision.counts == counts).all()

@@ -27,7 +27,7 @@ from megatron_llep.training.hf.install import fill_from_hf
 from megatron_llep.training.report import average, format_values, log_scalars
 from megatron_llep.training.rl.batch import MicroBatch, Sample, make_micro_batches
 from megatron_llep.training.rl.grpo import get_group_advantages
-from megatron_llep.training.rl.replay import record_routing, replay_in_forward, stop_replay
+from megatron_llep.training.rl.replay import record_routing, start_replay, stop_replay
 from megatron_llep.training.rl.rollout import Answers, Player
 from megatron_llep.training.rl.step import get_negative_logprobs
 from megatron_llep.training.rl.task import load_task
@@ -209,7 +209,7 @@ class Loop:
     def _add_old_logprobs(self, model: torch.nn.Module, batch: MicroBatch) -> MicroBatch:
         """By the weights that answered, in the forward that training will repeat."""
         if batch.routing is not None:
-            replay_in_forward(batch.routing)
+            start_replay(batch.routing)
         with ExitStack() as stack:
             rows = None
             if self._args.rl_routing_replay == "R2":

@@ -26,16 +26,11 @@ def record_routing() -> Iterator[Rows]:
         stop_replay()
 
 
-def replay_in_forward(rows: Rows) -> None:
-    """Route the next forward so."""
+def start_replay(rows: Rows) -> None:
+    """Route so from now on: the next forward, and where that is recomputed in its backward."""
     RouterReplay.clear_global_indices()  # a past micro-batch's, whose backward is over
     RouterReplay.set_replay_data(rows)
     RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-
-
-def replay_in_backward() -> None:
-    """Route a recomputed forward, in the backward that follows, as the forward."""
-    RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
 
 
 def stop_replay() -> None:

@@ -11,7 +11,7 @@ from megatron.training import get_args
 
 from megatron_llep.training.rl.batch import MicroBatch
 from megatron_llep.training.rl.grpo import estimate_kl, get_clipped_loss, sum_losses
-from megatron_llep.training.rl.replay import replay_in_backward, replay_in_forward
+from megatron_llep.training.rl.replay import start_replay
 from megatron_llep.training.step import check_loss
 
 
@@ -25,7 +25,7 @@ def forward_step(
     """
     batch = next(data_iterator)
     if batch.routing is not None:
-        replay_in_forward(batch.routing)
+        start_replay(batch.routing)
     output = get_negative_logprobs(model, batch)
     return output, partial(_loss, batch)
 
@@ -50,8 +50,6 @@ def _loss(
         are those of Megatron-LM's RL.
     """
     args = get_args()
-    if batch.routing is not None:
-        replay_in_backward()
     assert batch.old_logprobs is not None
     logprobs = -output.float()
     per_token, ratio = get_clipped_loss(
