@@ -3,9 +3,11 @@
     python tools/finetune_demo.py
     python tools/finetune_demo.py --sft-steps 20 --rl-steps 5 --out /tmp/finetune
 
-SFT teaches sums, four in ten of them wrong, from one seed both ways; GRPO then rewards right ones,
-both ways from the checkpoint of the plain run. Writes sft.html and rl.html, with their pictures and
-figures, logs, and TensorBoard and (where wandb is installed) offline wandb runs to --out.
+SFT teaches sums, four in ten of them wrong; GRPO then rewards right ones. Both run with plain EP,
+with LLEP, and as a control with plain EP in another order of summation, all three from the same
+weights and seed: those of SFT's plain run for GRPO. Writes sft.html and rl.html, with their
+pictures and figures, logs, and TensorBoard and (where wandb is installed) offline wandb runs to
+--out.
 
 Exit code: 0 if all curves agree, 1 if they part or a run fails, 2 for unusable options.
 """
@@ -31,6 +33,7 @@ from megatron_llep.offline.compare.report import HOW_MEASURED, Report, write_rep
 from megatron_llep.offline.launch.device import Device, choose_device
 from megatron_llep.offline.launch.execute import Run, execute
 from megatron_llep.offline.launch.torchrun import count_gpus
+from megatron_llep.offline.launch.twins import KINDS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--sft-steps", type=int, default=200, help="default: %(default)s")
-    add("--rl-steps", type=int, default=60, help="default: %(default)s")
+    add("--sft-steps", type=int, default=120, help="default: %(default)s")
+    add("--rl-steps", type=int, default=40, help="default: %(default)s")
     add("--out", type=Path, default=Path("runs/finetune"), help="default: %(default)s")
     return parser
 
@@ -77,20 +80,20 @@ def run_all(sft_steps: int, rl_steps: int, out: Path) -> bool:
     Raises:
         RuntimeError: a run failed, or its log is incomplete.
     """
-    device = choose_device(SFT.world_size, count_gpus(), len(os.sched_getaffinity(0)))
+    gpu_count = count_gpus()
+    device = choose_device(SFT.world_size, gpu_count, len(os.sched_getaffinity(0)))
     print(f"{SFT.world_size} ranks on the {device.name.upper()}", flush=True)
-    for folder in (SFT.name, RL.name, "wandb", "logs"):  # of an earlier demo
-        shutil.rmtree(out / folder, ignore_errors=True)
+    for stage in (SFT, RL):  # of an earlier demo
+        shutil.rmtree(out / stage.name, ignore_errors=True)
     data = finetune_plan.prepare_data(out / "data")
-    runs = finetune_plan.plan_sft(data, sft_steps, out)
+    runs = finetune_plan.plan_sft(data, sft_steps, out, gpu_count)
     agree = run_stage(SFT, runs, device, out)
-    start = finetune_plan.checkpoint_of("plain", out)
-    runs = finetune_plan.plan_rl(start, rl_steps, out)
+    runs = finetune_plan.plan_rl(rl_steps, out, gpu_count)
     return run_stage(RL, runs, device, out) and agree
 
 
 def run_stage(stage: Stage, runs: Sequence[Run], device: Device, out: Path) -> bool:
-    """Run plain and LLEP, print the comparison and write it.
+    """Run them, print the comparison and write it.
 
     Returns:
         Whether the curves agree.
@@ -103,11 +106,13 @@ def run_stage(stage: Stage, runs: Sequence[Run], device: Device, out: Path) -> b
         print(f"\n$ {run.shell}", flush=True)
         watches[run.kind] = execute(run, device)
     try:
-        plain, llep = (
-            read_run(run.tensorboard, name)
-            for run, name in zip(runs, finetune_figures.NAMES, strict=True)
+        logs = {run.kind: read_run(run.tensorboard, KINDS[run.kind]) for run in runs[-3:]}
+        comparison = compare_runs(
+            logs["plain"],
+            logs["llep"],
+            finetune_figures.METRICS[stage.name],
+            control=logs["control"],
         )
-        comparison = compare_runs(plain, llep, finetune_figures.METRICS[stage.name])
         rows = finetune_figures.make_rows(stage, comparison, watches)
     except ValueError as error:
         raise RuntimeError(f"the logs are incomplete: {error}") from error

@@ -30,8 +30,9 @@ REWARD_WINDOW = 5
 _OF_ANSWERS = Tolerance(absolute=True, early=0.05, early_steps=0, overall=0.15)
 METRICS: dict[str, list[Metric]] = {
     SFT.name: [
-        Metric(name="lm loss", label="answer loss"),
-        Metric(name="exact match", label="exact match", tolerance=_OF_ANSWERS, target=0.9),
+        # A wrong sum cannot be learned: the loss of a step jumps with how many there are in it.
+        Metric(name="lm loss", label="answer loss", smooth=10),
+        Metric(name="exact match", label="exact match", tolerance=_OF_ANSWERS),
     ],
     RL.name: [
         Metric(name="rl/mean_reward", label="reward", tolerance=_OF_ANSWERS, smooth=REWARD_WINDOW),

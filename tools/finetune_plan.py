@@ -1,14 +1,15 @@
-"""What `make finetune` runs: data, and for SFT and RL a training command each way."""
+"""What `make finetune` runs: data, and for SFT and RL the training commands."""
 
 import importlib.util
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_llep.offline.launch.execute import Run
-from megatron_llep.offline.launch.flags import Flags, format_flags, load_config
+from megatron_llep.offline.launch.flags import Flags, load_config
 from megatron_llep.offline.launch.torchrun import layout_world_size
+from megatron_llep.offline.launch.twins import checkpoint_of, plan_twins
 
 ROOT = Path(__file__).resolve().parents[1]
 WANDB_PROJECT = "megatron-llep-finetune"
@@ -76,68 +77,39 @@ def prepare_data(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def plan_sft(data: dict[str, Path], steps: int, out: Path) -> list[Run]:
-    """Plain and LLEP, from one seed."""
+def plan_sft(data: dict[str, Path], steps: int, out: Path, gpu_count: int) -> list[Run]:
+    """Plain, LLEP and a control, from the same weights, which the first run makes."""
     flags: Flags = {
         "--train-data-path": data["train"],
         "--valid-data-path": data["valid"],
-        "--split": None,
         "--train-iters": steps,
         "--eval-interval": max(1, steps // EVALUATIONS),
         "--eval-iters": 1,
         "--sft-eval-answers": HELD_OUT,
         "--sft-max-new-tokens": 4,
     }
-    return [
-        _plan_run(SFT, kind, flags | _save(out / SFT.name / kind, steps), steps, out)
-        for kind in ("plain", "llep")
-    ]
+    return _plan(SFT, flags, out, gpu_count, save=True)
 
 
-def plan_rl(start: Path, steps: int, out: Path) -> list[Run]:
-    """Plain and LLEP, from one checkpoint: the same answers, as long as both agree."""
+def plan_rl(steps: int, out: Path, gpu_count: int) -> list[Run]:
+    """The same from the weights of SFT's plain run: equal answers, as long as all agree."""
     flags: Flags = {
-        "--pretrained-checkpoint": start,
+        "--pretrained-checkpoint": checkpoint_of(out / SFT.name, "plain"),
         "--train-iters": steps,
         "--eval-interval": max(1, steps // EVALUATIONS),
     }
-    return [_plan_run(RL, kind, flags, steps, out) for kind in ("plain", "llep")]
+    return _plan(RL, flags, out, gpu_count, save=False)
 
 
-def checkpoint_of(run_kind: str, out: Path) -> Path:
-    """Where `plan_sft`'s run of that kind saves."""
-    return out / SFT.name / run_kind / "checkpoint"
-
-
-def _save(folder: Path, steps: int) -> Flags:
-    return {
-        "--save": folder / "checkpoint",
-        "--save-interval": steps,
-        "--no-save-optim": True,
-        "--no-save-rng": True,
-    }
-
-
-def _plan_run(stage: Stage, kind: str, flags: Flags, steps: int, out: Path) -> Run:
-    label = f"{stage.name}-{kind}"
-    tensorboard = out / stage.name / kind / "tensorboard"
-    logs: Flags = {"--tensorboard-dir": tensorboard, "--log-timers-to-tensorboard": True}
-    if importlib.util.find_spec("wandb") is not None:
-        logs |= {
-            "--wandb-project": WANDB_PROJECT,
-            "--wandb-exp-name": label,
-            "--wandb-save-dir": out,
-        }
-    command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(stage.config)]
-    command += ["--no-llep"] if kind == "plain" else []
-    for flag in [flag for flag, value in flags.items() if value is None]:
-        command += ["--set", f"{flag}=false"]
-    return Run(
-        kind=kind,
-        title=f"{stage.title}, {'LLEP' if kind == 'llep' else 'plain EP'}",
-        command=[*command, "--", *format_flags(flags | logs)],
-        log=out / "logs" / f"{label}.log",
-        tensorboard=tensorboard,
-        steps=steps,
-        shown=stage.shown,
+def _plan(stage: Stage, flags: Flags, out: Path, gpu_count: int, *, save: bool) -> list[Run]:
+    has_wandb = importlib.util.find_spec("wandb") is not None
+    runs = plan_twins(
+        stage.config,
+        flags,
+        out / stage.name,
+        launcher=ROOT / "tools" / "launch.py",
+        gpu_count=gpu_count,
+        wandb_project=WANDB_PROJECT if has_wandb else None,
+        save=save,
     )
+    return [replace(run, title=f"{stage.title}, {run.title}", shown=stage.shown) for run in runs]

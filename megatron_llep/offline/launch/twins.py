@@ -48,6 +48,7 @@ def plan_twins(
     nproc: int | None = None,
     gpu_count: int = 0,
     wandb_project: str | None = None,
+    save: bool = False,
 ) -> list[Run]:
     """The training commands in the order in which they run; kinds init, plain, llep, control.
 
@@ -61,6 +62,7 @@ def plan_twins(
         nproc: processes; default: what the layout needs.
         gpu_count: of this machine.
         wandb_project: under which the runs log, None for not at all.
+        save: whether each leaves its weights, in the folder that `checkpoint_of` names.
 
     Raises:
         ValueError: unusable flags; names the flag and the way out.
@@ -91,6 +93,9 @@ def plan_twins(
     def add(kind: str, title: str, own: Flags, steps: int) -> None:
         folder = out / kind / "tensorboard"
         logged: Flags = {"--tensorboard-dir": folder}
+        if save or kind == "init":
+            own = own | {"--save": checkpoint_of(out, kind), "--save-interval": steps}
+            own |= {"--no-save-optim": True, "--no-save-rng": True}
         if wandb_project and kind != "init":
             logged |= {"--wandb-project": wandb_project, "--wandb-exp-name": kind}
             logged |= {"--wandb-save-dir": out / kind}
@@ -106,18 +111,20 @@ def plan_twins(
 
     start: Flags = {}
     if control == "order" and not any(flag in flags for flag in WEIGHTS):
-        weights = out / "init" / "checkpoint"
-        still: Flags = {"--lr": 0, "--min-lr": 0, "--exit-interval": 1, "--eval-iters": 0}
-        still |= {"--save": weights, "--save-interval": 1}
-        still |= {"--no-save-optim": True, "--no-save-rng": True}
+        still: Flags = {"--lr": 0, "--min-lr": 0, "--exit-interval": 1, "--eval-interval": 1000}
         add("init", "initial weights", still, 1)
-        start = {"--pretrained-checkpoint": weights, "--finetune": True}
+        start = {"--pretrained-checkpoint": checkpoint_of(out, "init"), "--finetune": True}
     add("plain", KINDS["plain"], start, steps)
     add("llep", KINDS["llep"], start | llep_extra, steps)
     if control != "none":
         what = {"order": "other order of sums", "seed": "other seed"}[control]
         add("control", f"plain EP, {what}", start | changed, steps)
     return runs
+
+
+def checkpoint_of(out: Path, kind: str) -> Path:
+    """Where the run of that kind saves its weights, if it does."""
+    return out / kind / "checkpoint"
 
 
 def _other_order(flags: Flags, nproc: int) -> Flags:
