@@ -14,4 +14,4 @@
 set -euo pipefail
 
 # Slurm runs a copy of this script from its spool folder, so its own path says nothing.
-exec "${SLURM_SUBMIT_DIR:-.}/pretrain/slurm.sh" "$@"
+exec "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/pretrain/slurm.sh" "$@"

@@ -188,12 +188,7 @@ class TemplateChat:
             before = self._apply(messages[:number], tools, add_generation_prompt=True)
             ids = self._apply(messages[: number + 1], tools, add_generation_prompt=False)
             if ids[: len(before)] != before:
-                raise ValueError(
-                    f"the chat template of --tokenizer-model {self._name} writes turn {number + 1} "
-                    "(assistant) other than it prompts for it, so what to train on is unknown; "
-                    "give a template whose generation prompt begins the assistant's turn with "
-                    "--chat-template"
-                )
+                ids = before + self._encode_answer(messages[: number + 1], tools)
             trained = [False] * len(before) + [True] * (len(ids) - len(before))
             last = examples[-1] if examples else None
             if last is not None and ids[: len(last.ids)] == last.ids:
@@ -211,12 +206,39 @@ class TemplateChat:
         known = [id for id in ids if id < len(self._tokenizer)]  # the vocabulary may be padded
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
+    def _encode_answer(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[int]:
+        """The last turn's ids where prompt and answer share a token: cut as generation cuts them.
+
+        Raises:
+            ValueError: as text, too, the prompt does not begin the turn.
+        """
+        before = self._write(messages[:-1], tools, add_generation_prompt=True)
+        text = self._write(messages, tools, add_generation_prompt=False)
+        if not text.startswith(before):
+            raise ValueError(
+                f"the chat template of --tokenizer-model {self._name} writes turn {len(messages)} "
+                "(assistant) other than it prompts for it, so what to train on is unknown; give a "
+                "template whose generation prompt begins the assistant's turn with --chat-template"
+            )
+        return self._tokenizer(text[len(before) :], add_special_tokens=False)["input_ids"]
+
     def _apply(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: bool
     ) -> list[int]:
+        return self._write(messages, tools, tokenize=True, return_dict=False, **options)
+
+    def _write(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        *,
+        tokenize: bool = False,
+        **options: bool,
+    ) -> Any:
+        """Apply the template: text, or ids."""
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=True, return_dict=False, **options
+                list(messages), tools=tools, tokenize=tokenize, **options
             )
         except Exception as error:  # jinja's, and whatever the template itself raises
             raise ValueError(

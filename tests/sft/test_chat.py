@@ -96,6 +96,9 @@ REASONING = """{%- for m in messages %}<|im_start|>{{ m.role }}
 RETURN = """{%- for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}
 {%- if m.role == 'assistant' and loop.last %}<|return|>{% else %}<|end|>{% endif %}
 {%- endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
+# The prompt ends within what the whole text has as one token: the space belongs to the word.
+SHARED_TOKEN = """{%- for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
 NO_PREFIX = """{%- for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}
 {%- if add_generation_prompt %}Answer: {% endif %}"""
 STRICT = """{%- for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}
@@ -116,7 +119,7 @@ def make_chat():
         special_tokens=["<|endoftext|>", *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(["user assistant system one two three four"], trainer)
+    tokenizer.train_from_iterator(["user: assistant: system: one two three four"], trainer)
 
     def make(template, **tokens):
         fast = PreTrainedTokenizerFast(
@@ -167,6 +170,15 @@ def test_the_end_of_an_answer_is_found(make_chat, template, end):
     chat = make_chat(template)
     ends = {"<|endoftext|>", end}
     assert chat.end_ids == {chat._tokenizer.convert_tokens_to_ids(token) for token in ends}
+
+
+def test_an_answer_is_cut_where_generation_cuts_it(make_chat):
+    chat = make_chat(SHARED_TOKEN)
+    decode = chat._tokenizer.decode
+    examples = chat.encode(TURNS)
+    trained = [answer for each in examples for answer in read_trained(chat, each, decode)]
+    assert trained == ["two<|end|>", "four<|end|>"]
+    assert examples[-1].ids[: len(chat.prompt(TURNS[:4]))] == chat.prompt(TURNS[:4])
 
 
 def test_unusable_templates_are_refused(make_chat):

@@ -59,13 +59,6 @@ def write_yaml(tmp_path, text):
     return path
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_generated_flags_parse(dry_run, script, path):
-    args = parse_as_megatron(dry_run("--nproc", "2", config=path), script)
-    assert args.moe_llep
-    assert args.num_experts
-
-
 def test_no_llep_leaves_out_every_llep_flag(dry_run, script):
     tokens = dry_run("--no-llep")
     assert not any("llep" in token for token in tokens if token.startswith("--moe"))
@@ -232,9 +225,9 @@ def test_torchrun_script_runs_the_command_it_prints(script):
         assert line.split()[4:] == shlex.split(printed.split(str(script))[1])
 
 
-@pytest.mark.timeout(120)
-def test_slurm_script_starts_one_torchrun_a_node(script, tmp_path):
-    # Stand-ins for Slurm: srun runs its command once a node, on this machine.
+@pytest.fixture
+def slurm(tmp_path):
+    """Environment with stand-ins for Slurm: srun runs its command once a node, on this machine."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "scontrol").write_text("#!/bin/bash\necho localhost\necho otherhost\n")
@@ -246,18 +239,25 @@ def test_slurm_script_starts_one_torchrun_a_node(script, tmp_path):
     )
     for tool in tools.iterdir():
         tool.chmod(0o755)
+    return {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "two",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+
+
+@pytest.mark.timeout(120)
+def test_slurm_script_starts_one_torchrun_a_node(script, slurm):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     runner = start(
         [ROOT / "pretrain/slurm.sh", str(TINY), "--script", str(script), "--", "--seed", "7"],
-        PATH=f"{tools}:{os.environ['PATH']}",
-        SLURM_JOB_ID="1",
-        SLURM_NNODES="2",
-        SLURM_JOB_NODELIST="two",
-        SLURM_SUBMIT_DIR=str(ROOT),
         MASTER_PORT=str(port),
         SRUN_ARGS="--mem=0",
+        **slurm,
     )
     out, err = runner.communicate(timeout=100)
     assert runner.returncode == 0, err
@@ -267,9 +267,25 @@ def test_slurm_script_starts_one_torchrun_a_node(script, tmp_path):
     assert sorted(said) == [["0", "2", "0"], ["1", "2", "0"]]
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("starter", ["torchrun.sh", "slurm.sh"])
+@pytest.mark.parametrize("name", ["sft", "rl"])
+def test_fine_tuning_starts_the_script_of_the_configuration(starter, name, slurm):
+    config = str(ROOT / "configs" / f"{name}-demo.yaml")
+    options = ["--dry-run", *(["--nproc", "1"] if starter == "slurm.sh" else [])]
+    runner = start([ROOT / "finetune" / starter, config, *options], **slurm)
+    out, err = runner.communicate(timeout=50)
+    assert runner.returncode == 0, err
+    commands = [line for line in out.splitlines() if "torch.distributed.run" in line]
+    assert len(commands) == (2 if starter == "slurm.sh" else 1)
+    script = {"sft": "finetune/sft_gpt.py", "rl": "finetune/train_rl.py"}[name]
+    assert all(script in command for command in commands)
+
+
 @pytest.mark.timeout(30)
-def test_slurm_script_refuses_to_run_outside_slurm():
-    runner = start([ROOT / "pretrain/slurm.sh", str(TINY)], SLURM_JOB_ID="")
+@pytest.mark.parametrize("folder", ["pretrain", "finetune"])
+def test_slurm_script_refuses_to_run_outside_slurm(folder):
+    runner = start([ROOT / folder / "slurm.sh", str(TINY)], SLURM_JOB_ID="")
     _, err = runner.communicate(timeout=20)
     assert runner.returncode == 2
     assert "sbatch" in err
