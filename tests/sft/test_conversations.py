@@ -78,6 +78,15 @@ def test_bad_lines_name_file_line_and_remedy(entry, what, remedy, tmp_path):
     assert remedy in str(error.value)
 
 
+def test_a_byte_order_mark_is_no_error_and_other_bytes_are(tmp_path):
+    path = write(tmp_path, {"messages": MESSAGES})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b'{"prompt": "\xff"}\n')
+    conversations = read_conversations(path)
+    assert next(conversations).messages == MESSAGES
+    with pytest.raises(ValueError, match=r"chat\.jsonl:2: not JSON"):
+        next(conversations)
+
+
 def test_missing_and_empty_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--data-path .*nowhere.jsonl: no such file"):
         list(read_conversations(tmp_path / "nowhere.jsonl"))

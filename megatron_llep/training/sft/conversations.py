@@ -35,7 +35,7 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
     if not path.is_file():
         raise ValueError(f"--data-path {path}: no such file; give a JSONL file of conversations")
     found = False
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 found = True
@@ -45,10 +45,10 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
         raise ValueError(f"--data-path {path}: the file is empty; give one conversation a line")
 
 
-def _parse(line: str, place: str) -> tuple[dict[str, Any], list[Message]]:
+def _parse(line: bytes, place: str) -> tuple[dict[str, Any], list[Message]]:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{place}: not JSON ({error}); give one JSON object a line") from None
     if not isinstance(entry, dict):
         raise ValueError(
