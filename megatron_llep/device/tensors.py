@@ -28,10 +28,9 @@ def _is_gpu(value: object) -> bool:
     return isinstance(value, torch.device) and value.type == "cuda"
 
 
-def _is_cpu(value: object) -> bool:
-    if isinstance(value, str):
-        return value == "cpu" or value.startswith("cpu:")
-    return isinstance(value, torch.device) and value.type == "cpu"
+def _names_the_host(value: object) -> bool:
+    """Only text does: a `torch.device` of the CPU may well be another tensor's, "on the GPU"."""
+    return isinstance(value, str) and (value == "cpu" or value.startswith("cpu:"))
 
 
 def _keep_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,7 +53,7 @@ def _make_to(to: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 kwargs["device"] = CPU
         result = to(tensor, *args, **kwargs)
-        return tensor.clone() if result is tensor and _is_cpu(target) else result
+        return tensor.clone() if result is tensor and _names_the_host(target) else result
 
     return call
 
@@ -113,7 +112,7 @@ def _return_uncompiled(model: Callable[..., Any] | None = None, **options: Any) 
 def install_tensors() -> None:
     """Send factories, ``Tensor.to`` and ``Tensor.cuda`` to the CPU, and compile nothing.
 
-    ``Tensor.cpu``, and ``Tensor.to`` with the CPU by name, return a copy, as they do of a tensor on
+    ``Tensor.cpu``, and ``Tensor.to`` with the CPU by its name, return a copy, as they do of a tensor on
     a GPU.
 
     ``torch.compile`` returns its function unchanged: Megatron compiles small pointwise functions

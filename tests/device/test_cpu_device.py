@@ -89,7 +89,7 @@ def test_tensors_stay_on_the_cpu(device):
 LEAVES = {
     "cpu": lambda tensor: tensor.cpu(),
     "to": lambda tensor: tensor.to("cpu"),
-    "to a device": lambda tensor: tensor.to(torch.device("cpu"), non_blocking=True),
+    "without waiting": lambda tensor: tensor.to("cpu", non_blocking=True),
     "to by keyword": lambda tensor: tensor.to(device="cpu"),
 }
 
@@ -108,6 +108,9 @@ def test_what_stays_is_itself():
     assert weight.cuda() is weight
     assert weight.to("cuda") is weight
     assert weight.to(torch.float32) is weight
+    # As optimizers do, to be where another tensor is.
+    assert weight.to(torch.ones(1).device) is weight
+    assert weight.to(device=torch.ones(1).device) is weight
 
 
 def test_a_copy_on_the_host_has_the_gradient_of_its_source():
