@@ -112,8 +112,8 @@ def _return_uncompiled(model: Callable[..., Any] | None = None, **options: Any) 
 def install_tensors() -> None:
     """Send factories, ``Tensor.to`` and ``Tensor.cuda`` to the CPU, and compile nothing.
 
-    ``Tensor.cpu``, and ``Tensor.to`` with the CPU by its name, return a copy, as they do of a tensor on
-    a GPU.
+    ``Tensor.cpu``, and ``Tensor.to`` with the CPU by its name, return a copy, as they do of a
+    tensor on a GPU.
 
     ``torch.compile`` returns its function unchanged: Megatron compiles small pointwise functions
     when it is imported, which on a CPU costs minutes and gains nothing.
