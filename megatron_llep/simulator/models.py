@@ -157,16 +157,14 @@ def get_model(name_or_path: str) -> ModelShape:
             "with MODEL_ARGS as in configs/"
         )
     try:
-        import yaml
+        from megatron_llep.offline.launch.flags import load_config
     except ImportError as error:
         raise ImportError(
             "a model's file needs PyYAML: pip install 'megatron-llep[train]'"
         ) from error
+    flags = load_config(path)["MODEL_ARGS"]
+    args: dict[str, Any] = {flag.removeprefix("--"): value for flag, value in flags.items()}
     try:
-        flags = yaml.safe_load(path.read_text())["MODEL_ARGS"]
-        args = {flag.removeprefix("--"): value for flag, value in flags.items()}
         return _make_model(path.stem, args, args["seq-length"] * args.get("micro-batch-size", 1))
-    except (yaml.YAMLError, TypeError) as error:
-        raise ValueError(f"model {path}: no MODEL_ARGS as in configs/ ({error})") from error
     except KeyError as error:
         raise ValueError(f"model {path}: {error} is missing") from error

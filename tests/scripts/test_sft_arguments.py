@@ -58,7 +58,10 @@ BAD = {
     ),
     "mtp": (["--data-path", "DATA", "--mtp-num-layers", "1"], "--mtp-num-layers", "leave"),
     "pipeline": (
-        ["--data-path", "DATA", "--pipeline-model-parallel-size", "2"],
+        [
+            *("--data-path", "DATA", "--pipeline-model-parallel-size", "2"),
+            *("--micro-batch-size", "2"),
+        ],
         "--micro-batch-size 2",
         "give 1",
     ),

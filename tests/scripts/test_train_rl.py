@@ -124,7 +124,7 @@ def test_what_is_logged_of_the_ranks_loads(lending, scalars):
         after = logged[f"rl/{phase}_imbalance_after"]
         assert list(before) == ROLLOUTS
         assert max(before.values()) > 1.2
-        assert max(after.values()) < 1.02
+        assert max(after.values()) <= 1.05, "what the planner tolerates"
     decode = logged["rl/decode_imbalance_before"]
     assert max(decode.values()) > 1.2
     assert logged["rl/decode_imbalance_after"] == decode  # nothing is lent

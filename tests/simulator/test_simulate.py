@@ -80,7 +80,7 @@ def test_model_file_without_a_flag(tmp_path):
     with pytest.raises(ValueError, match=r"model\.yaml: 'seq-length' is missing"):
         get_model(str(path))
     path.write_text("- a list\n")
-    with pytest.raises(ValueError, match=r"model\.yaml: no MODEL_ARGS"):
+    with pytest.raises(ValueError, match=r"model\.yaml has no MODEL_ARGS"):
         get_model(str(path))
 
 
