@@ -16,6 +16,7 @@ from script_runs import find_free_port, run_command  # noqa: E402
 SCRIPT = str(ROOT / "tools" / "convert_hf.py")
 
 
+@pytest.mark.slow
 def test_to_megatron_in_one_process_and_back_in_another_layout(tmp_path):
     folder = make_gpt_oss(tmp_path / "model", torch.bfloat16, num_hidden_layers=2)
     tokenizer = {"tokenizer_config.json": "{}", "chat_template.jinja": "{{ messages }}"}

@@ -129,7 +129,7 @@ def test_what_is_logged_of_the_ranks_loads(lending, scalars):
     assert max(decode.values()) > 1.2
     assert logged["rl/decode_imbalance_after"] == decode  # nothing is lent
     assert max(logged["moe/llep/overload_factor_before"].values()) > 1.2
-    assert max(logged["moe/llep/overload_factor_after"].values()) < 1.02
+    assert max(logged["moe/llep/overload_factor_after"].values()) <= 1.05
     # What generation computes over its cache is what training computes.
     assert all(value < 1e-5 for value in logged["rl/logprob_difference"].values())
 

@@ -22,6 +22,7 @@ def demo(tmp_path_factory):
     return out, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_both_stages_agree_and_say_what_they_reached(demo):
     out, printed = demo
@@ -39,6 +40,7 @@ def test_both_stages_agree_and_say_what_they_reached(demo):
     assert decode[0] == decode[1]
 
 
+@pytest.mark.slow
 def test_rewards_are_the_same_both_ways(demo):
     out, _ = demo
     judged = json.loads((out / "rl.json").read_text())["comparison"]["metrics"]["rl/mean_reward"]
@@ -46,6 +48,7 @@ def test_rewards_are_the_same_both_ways(demo):
     assert judged["checks"][-1]["value"] <= 1e-6
 
 
+@pytest.mark.slow
 def test_compare_reads_what_it_leaves(demo, tmp_path):
     out, _ = demo
     command = [
