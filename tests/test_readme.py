@@ -1,7 +1,7 @@
 """The README: its tables follow the code, its commands and snippets run.
 
-`make demo` and `make test` are what CI and tests/tools/test_demo.py run; here only what make would
-do is checked.
+`make demo`, `make finetune` and `make test` are what CI, tests/tools/test_demo.py and
+test_finetune_demo.py run; here only what make would do is checked.
 """
 
 import argparse
@@ -64,6 +64,7 @@ def test_every_command_is_known_here():
     commands = [line for block in get_blocks("sh") for line in block.splitlines()]
     assert commands == [
         "make demo",
+        "make finetune",
         "make test",
         "make bench",
         "torchrun --nproc-per-node 8 pretrain/pretrain_gpt.py YOUR_MEGATRON_FLAGS --moe-llep",
@@ -77,6 +78,7 @@ def test_every_command_is_known_here():
     [
         "make demo",
         "make demo TP=2 PP=2 EP=2",
+        "make finetune",
         "make test",
         "make bench",
         "make gpu-check",

@@ -137,7 +137,7 @@ def test_a_control_that_is_the_reference_measures_nothing_and_says_so():
 
 def test_the_verdict_names_tolerance_and_control():
     text = format_verdict(compare(rounded(LOSS, 1), rounded(LOSS, 2)))
-    for words in ("first 20 steps, 0.0001 allowed", "0.03 allowed", "the control (control, up to"):
+    for words in ("first 20 steps, 1e-04 allowed", "3e-02 allowed", "the control (control, up to"):
         assert words in text
     assert text.count(". ") == 0
 

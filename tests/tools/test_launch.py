@@ -263,7 +263,7 @@ def test_slurm_script_starts_one_torchrun_a_node(script, slurm):
     assert runner.returncode == 0, err
     assert "srun option --mem=0" in out
     # RANK, WORLD_SIZE, LOCAL_RANK of the two processes; the launcher's own lines begin otherwise.
-    said = [line.split()[:3] for line in out.splitlines() if line[0].isdigit()]
+    said = [line.split()[:3] for line in out.splitlines() if line[:1].isdigit()]
     assert sorted(said) == [["0", "2", "0"], ["1", "2", "0"]]
 
 

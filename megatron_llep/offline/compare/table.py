@@ -59,7 +59,7 @@ def _describe(comparison: Comparison, judgement: Judgement, *, named: bool) -> s
     parts += [
         f"{'at most ' if check is stated[0] else ''}{_size(check.value)}"
         f"{f' apart ({kind})' if check is stated[0] else ''} {check.what}, "
-        f"{check.allowed:.2g} allowed"
+        f"{_bound(check.allowed)} allowed"
         for check in stated
     ]
     if comparison.control is not None and judgement.control is not None:
@@ -77,7 +77,7 @@ def _describe_control(comparison: Comparison, judgement: Judgement, checks: Sequ
         return f"the control ({control}) is {reference} to the last digit and measures nothing"
     size = f"up to {judgement.control.max():.1e} apart from {reference}"
     broken = [
-        f"{_size(check.value)} {check.what}, {check.allowed:.2g} allowed"
+        f"{_size(check.value)} {check.what}, {_bound(check.allowed)} allowed"
         for check in checks
         if check.name in ("control", "average") and not check.ok
     ]
@@ -88,6 +88,12 @@ def _describe_control(comparison: Comparison, judgement: Judgement, checks: Sequ
 
 def _size(value: float) -> str:
     return "not finite" if value == float("inf") else f"{value:.1e}"
+
+
+def _bound(value: float) -> str:
+    """With one digit where that says it all."""
+    short = f"{value:.0e}"
+    return short if float(short) == value else f"{value:.2g}"
 
 
 NO_CONTROL = (
@@ -103,7 +109,7 @@ def metric_rows(result: MetricResult) -> list[Row]:
     if result.judgement is not None:
         found = result.judgement
         note = (
-            f"apart by at most {found.apart.max():.1e} (allowed {found.tolerance.overall:.2g})"
+            f"apart by at most {found.apart.max():.1e} (allowed {_bound(found.tolerance.overall)})"
             if found.apart.max() < float("inf")
             else "not finite"
         )
