@@ -50,6 +50,7 @@ def train(folder):
         task = ["--rl-task", f"{folder / 'task.py'}:make", "--rl-max-new-tokens", 6]
         # Padding of the vocabulary takes part in the loss: 384 rows with TP 1 and 2 alike.
         task += ["--make-vocab-size-divisible-by", 192, "--lr", 1e-2, "--min-lr", 1e-2]
+        task += ["--moe-llep-planner", "exact"] if llep else []
         logs = ["--tensorboard-dir", folder / f"{name}-tensorboard", "--ckpt-format", "torch_dist"]
         common = [*BATCH, *task, *logs, "--train-iters", STEPS, "--eval-interval", 10]
         return run_tiny(
@@ -124,12 +125,12 @@ def test_what_is_logged_of_the_ranks_loads(lending, scalars):
         after = logged[f"rl/{phase}_imbalance_after"]
         assert list(before) == ROLLOUTS
         assert max(before.values()) > 1.2
-        assert max(after.values()) <= 1.05, "what the planner tolerates"
+        assert max(after.values()) < 1.02
     decode = logged["rl/decode_imbalance_before"]
     assert max(decode.values()) > 1.2
     assert logged["rl/decode_imbalance_after"] == decode  # nothing is lent
     assert max(logged["moe/llep/overload_factor_before"].values()) > 1.2
-    assert max(logged["moe/llep/overload_factor_after"].values()) <= 1.05
+    assert max(logged["moe/llep/overload_factor_after"].values()) < 1.02
     # What generation computes over its cache is what training computes.
     assert all(value < 1e-5 for value in logged["rl/logprob_difference"].values())
 
