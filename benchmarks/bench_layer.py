@@ -21,14 +21,14 @@ import torch
 from layer_ranks import BALANCED, PLAIN, Job, run_ranks
 from layer_report import Row, draw, format_table, make_rows
 
-from megatron_llep.calibration.build import build_cost_model
-from megatron_llep.calibration.measure import CPU_SIZES, choose_sizes, measure
-from megatron_llep.calibration.planning import time_planning
 from megatron_llep.config import LLEPConfig
-from megatron_llep.cost_model import LayerCost, LayerShape
-from megatron_llep.cost_presets import get_cost_model
-from megatron_llep.machine import describe_machine
-from megatron_llep.workloads import get_workload
+from megatron_llep.offline.calibration.build import build_cost_model
+from megatron_llep.offline.calibration.measure import CPU_SIZES, choose_sizes, measure
+from megatron_llep.offline.calibration.planning import time_planning
+from megatron_llep.offline.machine import describe_machine
+from megatron_llep.offline.workloads import get_workload
+from megatron_llep.planner.cost.model import LayerCost, LayerShape
+from megatron_llep.planner.cost.presets import get_cost_model
 
 SIZES = {
     "num_ranks": 2,

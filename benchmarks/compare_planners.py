@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_llep.machine import describe_machine
-from megatron_llep.planner import Plan, imbalance_of, lp_quota, make_plan, plan_from_quota, solve_lp
+from megatron_llep.offline.lp import lp_quota, solve_lp
+from megatron_llep.offline.machine import describe_machine
+from megatron_llep.offline.simulator.eplb import place_replicas, spread_evenly
+from megatron_llep.offline.workloads import WORKLOADS, Workload, make_counts
+from megatron_llep.planner import Plan, imbalance_of, make_plan, plan_from_quota
+from megatron_llep.planner.cost.traffic import count_tokens
 from megatron_llep.planner.topology import Topology
-from megatron_llep.simulator.eplb import place_replicas, spread_evenly
-from megatron_llep.traffic import count_tokens
-from megatron_llep.workloads import WORKLOADS, Workload, make_counts
 
 RESULTS = Path(__file__).parent / "results" / "planners.json"
 SIZES = ((8, 256), (16, 256), (64, 512), (256, 1024))

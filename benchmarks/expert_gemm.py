@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llep.device import use_cpu_if_no_gpu
-from megatron_llep.machine import describe_machine
+from megatron_llep.offline.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "expert_gemm.json"
 SHAPES = (

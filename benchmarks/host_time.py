@@ -29,8 +29,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.device import use_cpu_if_no_gpu
-from megatron_llep.machine import describe_machine
-from megatron_llep.workloads import route_tokens
+from megatron_llep.offline.machine import describe_machine
+from megatron_llep.offline.workloads import route_tokens
 
 RESULTS = Path(__file__).parent / "results" / "host_time.json"
 P, TOKENS = 8, 256

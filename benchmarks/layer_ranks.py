@@ -20,8 +20,8 @@ from megatron_llep.device.memory import (
     get_resident_bytes,
     reset_peak_resident_bytes,
 )
+from megatron_llep.offline.workloads import make_counts, route_tokens
 from megatron_llep.planner import Plan, make_plan, sends
-from megatron_llep.workloads import make_counts, route_tokens
 
 # Freed memory is kept for the next tensor, as torch does on GPUs. By default fresh pages would be
 # asked for each large tensor, which costs most where one rank has most tokens: plain EP under skew.

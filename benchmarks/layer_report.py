@@ -8,11 +8,11 @@ from pathlib import Path
 
 from layer_ranks import BALANCED, LIMIT, PLAIN, Found, Job
 
-from megatron_llep.cost_model import EXCHANGES, LayerCost
+from megatron_llep.offline.workloads import get_workload, make_counts
 from megatron_llep.planner import Plan, make_plan
+from megatron_llep.planner.cost.model import EXCHANGES, LayerCost
+from megatron_llep.planner.cost.traffic import count_tokens
 from megatron_llep.planner.topology import ONE_NODE
-from megatron_llep.traffic import count_tokens
-from megatron_llep.workloads import get_workload, make_counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_llep.machine import describe_machine
+from megatron_llep.offline.machine import describe_machine
+from megatron_llep.offline.workloads import make_counts
 from megatron_llep.planner import Plan, make_plan
-from megatron_llep.workloads import make_counts
 
 RESULTS = Path(__file__).parent / "results" / "plan_time.json"
 PLANNERS = ("tolerant", "exact", "lla")

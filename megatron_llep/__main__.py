@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_llep.cli import main
+from megatron_llep.offline.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_llep.fan_out import SCATTER_FROM
+from megatron_llep.lending.fan_out import SCATTER_FROM
 from megatron_llep.planner import ORDERS, PLANNERS
 
 FOREIGN_WEIGHTS = ("keep", "refetch")

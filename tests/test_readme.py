@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_llep.integration.arguments import add_llep_arguments
+from megatron_llep.layer import LLEPMoELayer
 from megatron_llep.metrics import METRICS
-from megatron_llep.moe_layer import LLEPMoELayer
 from support.layout import Layout
 from support.ranks import run_ranks
 from support.training import Run, train

@@ -102,7 +102,7 @@ def convert(args: Namespace) -> None:
     from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 
     from megatron_llep.config import LLEPConfig
-    from megatron_llep.progress import Progress
+    from megatron_llep.lending.progress import Progress
     from megatron_llep.training.hf.install import install_hf
     from megatron_llep.training.model import build_model_config
 

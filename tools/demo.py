@@ -25,13 +25,13 @@ import demo_figures
 import demo_plan
 from demo_plan import Layout
 
-from megatron_llep.machine import describe_machine
 from megatron_llep.offline.compare.read import read_run
 from megatron_llep.offline.compare.report import Report, write_report
 from megatron_llep.offline.launch.device import choose_device
 from megatron_llep.offline.launch.execute import execute
 from megatron_llep.offline.launch.flags import Flags, parse_override
 from megatron_llep.offline.launch.torchrun import count_gpus
+from megatron_llep.offline.machine import describe_machine
 
 
 def build_parser() -> argparse.ArgumentParser:

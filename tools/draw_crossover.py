@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_llep.cli.plotting import import_pyplot, save_figure, start_progress
-from megatron_llep.cli.routing import make_topology, workload_counts
-from megatron_llep.cost_model import CostModel, LayerShape, Link
-from megatron_llep.cost_presets import get_cost_model
-from megatron_llep.simulator import Case, ModelShape, simulate
+from megatron_llep.offline.cli.plotting import import_pyplot, save_figure, start_progress
+from megatron_llep.offline.cli.routing import make_topology, workload_counts
+from megatron_llep.offline.simulator import Case, ModelShape, simulate
+from megatron_llep.planner.cost.model import CostModel, LayerShape, Link
+from megatron_llep.planner.cost.presets import get_cost_model
 
 SKEWS = ("hot-30-4", "hot-80-4", "hot-95-1")
 METHODS = ("exact", "auto")

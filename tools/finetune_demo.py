@@ -26,7 +26,6 @@ import finetune_figures
 import finetune_plan
 from finetune_plan import RL, SFT, Stage
 
-from megatron_llep.machine import describe_machine
 from megatron_llep.offline.compare.comparison import compare_runs
 from megatron_llep.offline.compare.read import read_run
 from megatron_llep.offline.compare.report import HOW_MEASURED, Report, write_report
@@ -34,6 +33,7 @@ from megatron_llep.offline.launch.device import Device, choose_device
 from megatron_llep.offline.launch.execute import Run, execute
 from megatron_llep.offline.launch.torchrun import count_gpus
 from megatron_llep.offline.launch.twins import KINDS
+from megatron_llep.offline.machine import describe_machine
 
 
 def build_parser() -> argparse.ArgumentParser:

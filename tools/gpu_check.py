@@ -46,10 +46,10 @@ from gpu_checks.paths import (  # noqa: E402
 from gpu_checks.placement import check_placement  # noqa: E402
 from gpu_checks.section import Section, format_summary, run_section  # noqa: E402
 
-from megatron_llep.cost_presets import get_cost_model  # noqa: E402
-from megatron_llep.machine import describe_machine  # noqa: E402
-from megatron_llep.simulator.models import MODELS, ModelShape  # noqa: E402
-from megatron_llep.workloads import PAPER_GRID, get_workload  # noqa: E402
+from megatron_llep.offline.machine import describe_machine  # noqa: E402
+from megatron_llep.offline.simulator.models import MODELS, ModelShape  # noqa: E402
+from megatron_llep.offline.workloads import PAPER_GRID, get_workload  # noqa: E402
+from megatron_llep.planner.cost.presets import get_cost_model  # noqa: E402
 
 SECTIONS = ("correctness", "placement", "kernels", "critical-path", "memory")
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_check.json"

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from megatron_llep.lending import Weights
+from megatron_llep.lending.packing import Weights
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Hidden states [n, H], sorted by slot, and the router's weight of each, [n]."""

@@ -29,8 +29,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.nn import functional
 
 from megatron_llep.experts.base import ApartExperts
-from megatron_llep.grouped_linear import ROW_BYTES, Groups, grouped_linear, spread_biases
-from megatron_llep.lending import Weights
+from megatron_llep.experts.grouped_linear import ROW_BYTES, Groups, grouped_linear, spread_biases
+from megatron_llep.lending.packing import Weights
 
 FLAG = "--moe-llep-expert-gemm grouped_mm"
 _INSTEAD = "or use --moe-llep-expert-gemm megatron"

@@ -19,7 +19,7 @@ from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
 from megatron_llep.experts.base import Borrow, LendableExperts, Rows
-from megatron_llep.lending import Weights
+from megatron_llep.lending.packing import Weights
 
 # What TE makes for each GEMM in forward: quantisers of input, weight and output.
 _QUANTIZERS_PER_GEMM = 3

@@ -17,10 +17,10 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.lending import SharedLending
+from megatron_llep.layer import LLEPMoELayer
+from megatron_llep.lending.progress import Progress
+from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import install_tracker
-from megatron_llep.moe_layer import LLEPMoELayer
-from megatron_llep.progress import Progress
 
 
 def with_llep(spec: Any, config: LLEPConfig) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from megatron_llep.moe_layer import LLEPMoELayer
+from megatron_llep.layer import LLEPMoELayer
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe
   next optimizer step comes after all of these.
 - NCCL runs on a stream of its own, which waits for the current one at the call, and for which the
   current one waits at `Work.wait`: both are the side stream. Buffers are held until `join`, by the
-  Transfer, whatever the process group holds.
+  PendingExchanges, whatever the process group holds.
 - Foreign weights are read, and gradients written, by the main stream only, `main_grad` too.
 - autograd runs a node's backward on the stream of its forward: the main stream here as well.
 """
@@ -41,15 +41,15 @@ from megatron_llep.lending.packing import (
     sum_shards,
     unpack,
 )
-from megatron_llep.lending.route import Exchange, Piece, Route
+from megatron_llep.lending.pending import PendingExchanges
+from megatron_llep.lending.progress import Progress
+from megatron_llep.lending.ranges import step
 from megatron_llep.lending.side_stream import SideStream
-from megatron_llep.lending.transfer import Transfer
+from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers
 from megatron_llep.planner import Plan
-from megatron_llep.progress import Progress
-from megatron_llep.ranges import step
 
 
-class Loan:
+class WeightLoan:
     """Foreign weights and their gradients, and the transfer in flight, if any.
 
     It must never hold the tensors that `hand_out` returned: as outputs of an autograd node whose
@@ -89,7 +89,7 @@ class Loan:
         """
         self._shapes = tuple(weight.shape for weight in natives[0])
         self._width = sum(shape.numel() for shape in self._shapes)  # W
-        self.route = Route.of(
+        self.transfers = RankTransfers.of(
             plan, dist.get_rank(group), width=self._width, scatter_from=scatter_from
         )
         self.natives = natives
@@ -104,12 +104,12 @@ class Loan:
         self._progress = progress
         self._note_bytes = note_bytes
         like = natives[0][0]
-        self._weights = like.new_empty(self.route.num_foreign * self._width)
+        self._weights = like.new_empty(self.transfers.num_foreign * self._width)
         # Gradients add up in fp32 (fp64 for fp64 weights).
         self._sum_dtype = torch.promote_types(torch.float32, like.dtype)
         self._grads = like.new_empty(0, dtype=self._sum_dtype)
         self._held = 0
-        self._transfer: Transfer | None = None
+        self._transfer: PendingExchanges | None = None
         self._returned: torch.Tensor | None = None
 
     def __del__(self) -> None:
@@ -125,7 +125,7 @@ class Loan:
         with step("lend.start"):
             self._allocate(self._weights)
             self._hold(self._weights.nbytes)
-            first, *second = self.route.exchanges
+            first, *second = self.transfers.exchanges
             whole = self._arrives_whole()
             buffers = [
                 make_buffers(first, self._weights, incoming=self._weights if whole else None)
@@ -186,7 +186,7 @@ class Loan:
         """Start sending the foreign gradients home and receiving those of lent experts."""
         with step("return.start"):
             like = self._grads.new_empty(0, dtype=self._grad_dtype)
-            first, *second = (exchange.reverse() for exchange in self.route.exchanges)
+            first, *second = (exchange.reverse() for exchange in self.transfers.exchanges)
             buffers = [make_buffers(exchange, like) for exchange in second]
             as_they_are = self._arrives_whole() and self._grads.dtype == like.dtype
             buffers.append(make_buffers(first, like, outgoing=self._grads if as_they_are else None))
@@ -211,7 +211,7 @@ class Loan:
         self._free(self._grads)
         returned, self._returned = self._returned, None
         assert returned is not None
-        pieces = self.route.exchanges[0].sends
+        pieces = self.transfers.exchanges[0].sends
         for piece, values in zip(pieces, split_pieces(returned, pieces), strict=True):
             parts = list(find_parts(piece, self._shapes))
             sizes = [where.stop - where.start for _, where in parts]
@@ -220,7 +220,7 @@ class Loan:
 
     def _fetch(self, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[dist.Work]:
         """Pack native experts, exchange, put what came into the slots; then shards, if any."""
-        first, *second = self.route.exchanges
+        first, *second = self.transfers.exchanges
         outgoing, incoming = buffers[0]
         parts = [
             self.natives[piece.expert][i].detach().reshape(-1)[where]
@@ -241,7 +241,7 @@ class Loan:
         self, buffers: list[tuple[torch.Tensor, torch.Tensor]], sums: torch.Tensor
     ) -> Iterator[dist.Work]:
         """The way back of `_fetch`: shards of gradients to those who sum them, then home."""
-        first, *second = (exchange.reverse() for exchange in self.route.exchanges)
+        first, *second = (exchange.reverse() for exchange in self.transfers.exchanges)
         for exchange, (outgoing, incoming) in zip(second, buffers[:-1], strict=True):
             pack(self._grads, exchange.sends, outgoing, self._width)
             yield self._exchange(exchange, outgoing, incoming)
@@ -264,11 +264,11 @@ class Loan:
     ) -> None:
         assert self._transfer is None
         flat = [tensor for pair in buffers for tensor in pair]
-        self._transfer = Transfer(steps, flat, stream=self._stream, progress=self._progress)
+        self._transfer = PendingExchanges(steps, flat, stream=self._stream, progress=self._progress)
 
     def _advance(self) -> None:
         assert self._transfer is not None
-        if len(self.route.exchanges) > 1:
+        if len(self.transfers.exchanges) > 1:
             self._transfer.advance()
 
     def _finish(self) -> None:
@@ -293,12 +293,14 @@ class Loan:
 
     def _arrives_whole(self) -> bool:
         """Whether this rank borrows no expert in shards: what comes is what the slots hold."""
-        return not any(exchange.receives for exchange in self.route.exchanges[1:])
+        return not any(exchange.receives for exchange in self.transfers.exchanges[1:])
 
     def _find_own_shards(self) -> list[Piece]:
         """The shard of each foreign expert that comes in shards which its home sends here."""
-        in_shards = {piece.expert for each in self.route.exchanges[1:] for piece in each.sends}
-        return [piece for piece in self.route.exchanges[0].receives if piece.expert in in_shards]
+        in_shards = {piece.expert for each in self.transfers.exchanges[1:] for piece in each.sends}
+        return [
+            piece for piece in self.transfers.exchanges[0].receives if piece.expert in in_shards
+        ]
 
     def _hold(self, num_bytes: int) -> None:
         self._memory.release(self._held)

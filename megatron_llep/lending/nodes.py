@@ -23,11 +23,11 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_llep.lending.loan import Loan, Weights
+from megatron_llep.lending.loan import WeightLoan, Weights
 
 
 def gate(
-    loan: Loan | None, natives: Sequence[Weights], hidden: torch.Tensor, *, hold_all: bool
+    loan: WeightLoan | None, natives: Sequence[Weights], hidden: torch.Tensor, *, hold_all: bool
 ) -> torch.Tensor:
     """Pass the layer's input; in backward, wait for the returned gradients and add them.
 
@@ -46,24 +46,24 @@ def gate(
         return hidden
     held: Sequence[int] = range(len(natives))
     if not hold_all:
-        held = loan.route.lent if loan is not None else ()
+        held = loan.transfers.lent if loan is not None else ()
     weights = [weight for expert in held for weight in natives[expert]]
     # The anchor keeps the node in the graph of a rank on which nothing else needs a gradient.
     anchor = torch.empty(0, device=hidden.device, requires_grad=True)
     return _Gate.apply(loan, held, hidden, anchor, *weights)
 
 
-def relay(loan: Loan, hidden: torch.Tensor) -> torch.Tensor:
+def relay(loan: WeightLoan, hidden: torch.Tensor) -> torch.Tensor:
     """Pass tokens that are about to be dispatched; in backward, start a second exchange.
 
     It starts after dispatch's own, so that it does not keep that from starting.
     """
-    if not (loan.returns and torch.is_grad_enabled() and len(loan.route.exchanges) > 1):
+    if not (loan.returns and torch.is_grad_enabled() and len(loan.transfers.exchanges) > 1):
         return hidden
     return _Relay.apply(loan, hidden)
 
 
-def lend(loan: Loan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Weights]]:
+def lend(loan: WeightLoan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Weights]]:
     """Pass the rows of foreign experts and hand out the F experts' weights.
 
     In backward the return starts when the gradient of these rows is there: there must be such a
@@ -77,7 +77,7 @@ def lend(loan: Loan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Weights]]
     return hidden, [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
-def settle(loan: Loan, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def settle(loan: WeightLoan, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Pass the experts' outputs; the foreign weights are not needed again before backward."""
     if not (torch.is_grad_enabled() and any(output.requires_grad for output in outputs)):
         loan.free_weights()
@@ -85,7 +85,7 @@ def settle(loan: Loan, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor
     return _Settle.apply(loan, *outputs)
 
 
-def recall(loan: Loan, output: torch.Tensor) -> torch.Tensor:
+def recall(loan: WeightLoan, output: torch.Tensor) -> torch.Tensor:
     """Pass the combined output; in backward, start to fetch weights that were freed."""
     if not (loan.refetch and torch.is_grad_enabled() and output.requires_grad):
         return output
@@ -95,14 +95,14 @@ def recall(loan: Loan, output: torch.Tensor) -> torch.Tensor:
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, loan: Loan | None, held: Sequence[int], hidden: torch.Tensor, anchor, *weights
+        ctx, loan: WeightLoan | None, held: Sequence[int], hidden: torch.Tensor, anchor, *weights
     ) -> torch.Tensor:
         ctx.loan, ctx.held, ctx.num_weights = loan, held, len(weights)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx, grad_hidden):
-        loan: Loan | None = ctx.loan
+        loan: WeightLoan | None = ctx.loan
         if loan is None:
             return (None, None, grad_hidden, None, *[None] * ctx.num_weights)
         grads: dict[int, list[torch.Tensor | None]] = {
@@ -125,7 +125,7 @@ class _Gate(torch.autograd.Function):
 
 class _Relay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loan: Loan, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, loan: WeightLoan, hidden: torch.Tensor) -> torch.Tensor:
         ctx.loan = loan
         return hidden.view_as(hidden)
 
@@ -137,7 +137,7 @@ class _Relay(torch.autograd.Function):
 
 class _Lend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loan: Loan, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx, loan: WeightLoan, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.loan = loan
         ctx.set_materialize_grads(False)
         foreign = loan.hand_out()
@@ -145,7 +145,7 @@ class _Lend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_hidden, *grad_foreign):
-        loan: Loan = ctx.loan
+        loan: WeightLoan = ctx.loan
         loan.add_grads(grad_foreign)
         loan.drop_weights()
         loan.start_return()
@@ -154,7 +154,7 @@ class _Lend(torch.autograd.Function):
 
 class _Settle(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loan: Loan, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx, loan: WeightLoan, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.loan = loan
         if loan.refetch:
             loan.free_weights()
@@ -162,7 +162,7 @@ class _Settle(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        loan: Loan = ctx.loan
+        loan: WeightLoan = ctx.loan
         if loan.refetch:
             loan.finish_fetch()
         if loan.returns:
@@ -172,7 +172,7 @@ class _Settle(torch.autograd.Function):
 
 class _Recall(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loan: Loan, output: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, loan: WeightLoan, output: torch.Tensor) -> torch.Tensor:
         ctx.loan = loan
         return output.view_as(output)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from megatron_llep.lending.route import Exchange, Piece
+from megatron_llep.lending.transfers import Exchange, Piece
 
 Weights = tuple[torch.Tensor, ...]
 

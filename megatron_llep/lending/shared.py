@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_llep.lending.memory import ForeignMemory
+from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.side_stream import SideStream
-from megatron_llep.progress import Progress
 
 
 class SharedLending:

@@ -10,8 +10,8 @@ class SideStream:
     """Where experts are packed, exchanged and unpacked.
 
     Whoever uses it keeps to this, and then needs neither `record_stream` nor a host sync (compare
-    Loan): memory that the side stream touches is allocated before `begin`, outside of it, and let
-    go of after `join`.
+    WeightLoan): memory that the side stream touches is allocated before `begin`, outside of it, and
+    let go of after `join`.
     """
 
     def __init__(self, device: torch.device):

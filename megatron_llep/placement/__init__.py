@@ -16,8 +16,9 @@ On GPUs these are Triton kernels, on CPUs torch operators.
 
 from megatron_llep.placement.arrivals import join_by_source, split_by_slot
 from megatron_llep.placement.chunks import order_chunks
+from megatron_llep.placement.pairs import Pairs, Placement
 from megatron_llep.placement.rows import gather_rows, sum_rows
-from megatron_llep.placement.tokens import Pairs, Placement, list_pairs, place_tokens
+from megatron_llep.placement.tokens import list_pairs, place_tokens
 
 __all__ = [
     "Pairs",

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from megatron_llep.placement import kernel
-from megatron_llep.placement.tokens import Pairs, Placement, place_tokens
+from megatron_llep.placement.pairs import Pairs, Placement
+from megatron_llep.placement.tokens import place_tokens
 
 CASES = (
     # T, E, K, chunks a (busy) expert, H

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_llep.placement.tokens import Pairs, Placement
+from megatron_llep.placement.pairs import Pairs, Placement
 
 _TILE_TOKENS, _TILE_EXPERTS = 32, 64
 _PAIRS_PER_PROGRAM = 512

@@ -5,7 +5,7 @@ Letters: T tokens of this rank, H hidden size, N (token, expert) pairs of this r
 
 import torch
 
-from megatron_llep.placement.tokens import Placement
+from megatron_llep.placement.pairs import Placement
 
 
 def gather_rows(hidden: torch.Tensor, placement: Placement) -> torch.Tensor:

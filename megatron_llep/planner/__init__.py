@@ -6,7 +6,6 @@ that ranks which gathered the same counts never have to exchange plans.
 """
 
 from megatron_llep.planner.assignment import ORDERS, receives, sends
-from megatron_llep.planner.lp import lp_quota, solve_lp
 from megatron_llep.planner.make import PLANNERS, make_plan
 from megatron_llep.planner.plan import Plan, imbalance_of, plan_from_quota, slot_of_expert
 from megatron_llep.planner.replicas import load_per_rank, plan_over_replicas
@@ -19,12 +18,10 @@ __all__ = [
     "Topology",
     "imbalance_of",
     "load_per_rank",
-    "lp_quota",
     "make_plan",
     "plan_from_quota",
     "plan_over_replicas",
     "receives",
     "sends",
     "slot_of_expert",
-    "solve_lp",
 ]

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_llep.planner.exact import exact_loans
-from megatron_llep.planner.plan import Loan, Plan, plan_from_loans
-from megatron_llep.planner.tolerant import tolerant_loans
+from megatron_llep.planner.exact import exact_moves
+from megatron_llep.planner.plan import Plan, PlanMove, plan_from_moves
+from megatron_llep.planner.tolerant import tolerant_moves
 from megatron_llep.planner.topology import Topology
 
 if TYPE_CHECKING:
-    from megatron_llep.cost_model import LayerCost
+    from megatron_llep.planner.cost.model import LayerCost
 
 TOLERANCES = (0.25, 0.05)
 """Of the `tolerant` plans that are tried; from few transfers to many."""
@@ -40,24 +40,24 @@ def choose_plan(
         topology: of the P ranks.
         cost: the machine and the layer.
     """
-    best = plan_from_loans(loads, rank_loads, [])
+    best = plan_from_moves(loads, rank_loads, [])
     time = cost.predict(best, counts, topology)
     surplus = 1 - 1 / best.imbalance_before
     if surplus * (time.compute + time.exchange) <= cost.model.planning_seconds:
         return best
     least = time.total
-    tried: list[list[Loan]] = [[]]
+    tried: list[list[PlanMove]] = [[]]
     for tolerance in (*TOLERANCES, None):
         if tolerance is None:
-            loans = exact_loans(loads, rank_loads, max_foreign, topology)
+            moves = exact_moves(loads, rank_loads, max_foreign, topology)
         elif best.imbalance_before > 1 + tolerance:
-            loans = tolerant_loans(loads, rank_loads, max_foreign, topology, tolerance=tolerance)
+            moves = tolerant_moves(loads, rank_loads, max_foreign, topology, tolerance=tolerance)
         else:
             continue
-        if loans in tried:
+        if moves in tried:
             continue
-        tried.append(loans)
-        plan = plan_from_loans(loads, rank_loads, loans)
+        tried.append(moves)
+        plan = plan_from_moves(loads, rank_loads, moves)
         seconds = cost.predict(plan, counts, topology).total
         if seconds < least:
             best, least = plan, seconds

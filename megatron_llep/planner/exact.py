@@ -7,14 +7,14 @@ from bisect import insort
 
 import numpy as np
 
-from megatron_llep.planner.plan import Loan
+from megatron_llep.planner.plan import PlanMove
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
 
-def exact_loans(
+def exact_moves(
     loads: np.ndarray, rank_loads: list[int], max_foreign: int, topology: Topology = ONE_NODE
-) -> list[Loan]:
-    """Loans with which every rank computes total // P tokens, or one more.
+) -> list[PlanMove]:
+    """Moves with which every rank computes total // P tokens, or one more.
 
     1. Each rank's cap is its even share (`even_shares`). While a rank is above its cap, the rank
        furthest above lends to the rank furthest below and fills it completely. The lender may
@@ -22,7 +22,7 @@ def exact_loans(
     2. Each lender serves its borrowers in the order of step 1, which is the largest need first,
        always from its expert with the most tokens left.
 
-    Lowest ids win ties. A borrower has one lender, so at most M foreign experts; each loan
+    Lowest ids win ties. A borrower has one lender, so at most M foreign experts; each move
     uses up an expert or fills a borrower, so there are at most E + P - 1. After the planner
     published with MoonEP (MoonshotAI/MoonEP).
 
@@ -42,7 +42,7 @@ def exact_loans(
         topology: `ranks_per_node` divides P.
     """
     M = len(loads) // len(rank_loads)
-    loans: list[Loan] = []
+    moves: list[PlanMove] = []
     needs: dict[int, list[tuple[int, int]]] = {}
     unlent = [0] * len(rank_loads)  # tokens that a rank was to lend and keeps for want of slots
 
@@ -56,7 +56,7 @@ def exact_loans(
                 expert = left.index(most)
                 moved = min(need, most)
                 left[expert] = most - moved
-                loans.append((first + expert, borrower, moved))
+                moves.append((first + expert, borrower, moved))
                 need -= moved
                 slots -= 1
             unlent[lender] += need
@@ -71,7 +71,7 @@ def exact_loans(
             needs.setdefault(lender, []).append((borrower, need - kept))
     for lender in list(needs):
         serve_borrowers(lender)
-    return loans
+    return moves
 
 
 def even_shares(rank_loads: list[int], topology: Topology) -> list[int]:

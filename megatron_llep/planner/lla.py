@@ -8,11 +8,11 @@ from heapq import heappop, heapreplace
 
 import numpy as np
 
-from megatron_llep.planner.plan import Loan
+from megatron_llep.planner.plan import PlanMove
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
 
-def lla_loans(
+def lla_moves(
     loads: np.ndarray,
     rank_loads: list[int],
     max_foreign: int,
@@ -20,8 +20,8 @@ def lla_loans(
     *,
     capacity_factor: float,
     min_tokens_per_gemm: int,
-) -> list[Loan]:
-    """Loans of Algorithm 2 (LLA), which spills with Algorithm 3 (LLAS).
+) -> list[PlanMove]:
+    """Moves of Algorithm 2 (LLA), which spills with Algorithm 3 (LLAS).
 
     The paper keeps two loads per rank: assigned (g_a) and pending (g_p, native experts not yet
     visited). Here `load` is their sum, the *effective load*. No rank should exceed the capacity
@@ -79,7 +79,7 @@ def lla_loans(
             for first in range(0, P, size)
         ]
     )
-    loans: list[Loan] = []
+    moves: list[PlanMove] = []
 
     by_load = np.argsort(-loads, kind="stable")
     for expert, tokens in zip(by_load.tolist(), loads[by_load].tolist(), strict=True):
@@ -99,7 +99,7 @@ def lla_loans(
             least, borrower = ranks[0]
             room = capacity - least
             chunk = min(rest, room) if room >= smallest else rest
-            loans.append((expert, borrower, chunk))
+            moves.append((expert, borrower, chunk))
             load[borrower] += chunk
             slots[borrower] -= 1
             if slots[borrower]:
@@ -110,4 +110,4 @@ def lla_loans(
             rest -= chunk
             load[home] -= chunk
             overloaded -= load[home] == capacity
-    return loans
+    return moves

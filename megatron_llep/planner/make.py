@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_llep.planner.auto import choose_plan
-from megatron_llep.planner.exact import exact_loans
-from megatron_llep.planner.lla import lla_loans
-from megatron_llep.planner.plan import Loan, Plan, imbalance_of, plan_from_loans
-from megatron_llep.planner.tolerant import tolerant_loans
+from megatron_llep.planner.exact import exact_moves
+from megatron_llep.planner.lla import lla_moves
+from megatron_llep.planner.plan import Plan, PlanMove, imbalance_of, plan_from_moves
+from megatron_llep.planner.tolerant import tolerant_moves
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
 if TYPE_CHECKING:
-    from megatron_llep.cost_model import LayerCost
+    from megatron_llep.planner.cost.model import LayerCost
 
 PLANNERS = ("tolerant", "exact", "lla", "lp", "auto")
 LLA_THRESHOLD = 1.3
@@ -83,15 +83,15 @@ def make_plan(
             raise ValueError("planner='auto' predicts times: give it a cost model with cost=")
         return choose_plan(counts, loads, rank_loads, max_foreign, topology, cost)
     if imbalance_of(rank_loads) >= imbalance_threshold:
-        loans: list[Loan]
+        moves: list[PlanMove]
         if planner == "tolerant":
-            loans = tolerant_loans(loads, rank_loads, max_foreign, topology, tolerance=tolerance)
+            moves = tolerant_moves(loads, rank_loads, max_foreign, topology, tolerance=tolerance)
         elif planner == "exact":
-            loans = exact_loans(loads, rank_loads, max_foreign, topology)
+            moves = exact_moves(loads, rank_loads, max_foreign, topology)
         elif planner == "lp":
-            loans = []  # holders are fixed: it spreads tokens over replicas, before this
+            moves = []  # holders are fixed: it spreads tokens over replicas, before this
         else:
-            loans = lla_loans(
+            moves = lla_moves(
                 loads,
                 rank_loads,
                 max_foreign,
@@ -99,10 +99,10 @@ def make_plan(
                 capacity_factor=capacity_factor,
                 min_tokens_per_gemm=min_tokens_per_gemm,
             )
-        plan = plan_from_loans(loads, rank_loads, loans)
+        plan = plan_from_moves(loads, rank_loads, moves)
         if plan.is_fallback or plan.imbalance_after < plan.imbalance_before:
             return plan
-    return plan_from_loans(loads, rank_loads, [])
+    return plan_from_moves(loads, rank_loads, [])
 
 
 def default_threshold(planner: str, tolerance: float) -> float:

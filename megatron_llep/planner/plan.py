@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Loan = tuple[int, int, int]
+PlanMove = tuple[int, int, int]
 """(expert, borrower, tokens): a rank that computes so many tokens of an expert not native to it."""
 
 
@@ -17,7 +17,7 @@ class Plan:
     """Which rank computes how many tokens of which expert. Arrays are int64 and read-only.
 
     Expert e is native to rank e // M; any other rank that computes some of its tokens holds it
-    in a foreign slot for this micro-batch. Build a plan with `plan_from_loans` or
+    in a foreign slot for this micro-batch. Build a plan with `plan_from_moves` or
     `plan_from_quota`.
     """
 
@@ -100,13 +100,13 @@ class Plan:
                 )
 
 
-def plan_from_loans(loads: np.ndarray, rank_loads: list[int], loans: list[Loan]) -> Plan:
+def plan_from_moves(loads: np.ndarray, rank_loads: list[int], moves: list[PlanMove]) -> Plan:
     """Build the plan in which these tokens leave their home, and no others.
 
     Args:
         loads: int64 [E] tokens per expert.
         rank_loads: [P] tokens per rank under plain expert parallelism.
-        loans: at most one for a pair of expert and borrower, none of zero tokens.
+        moves: at most one for a pair of expert and borrower, none of zero tokens.
     """
     P = len(rank_loads)
     M = len(loads) // P
@@ -114,13 +114,13 @@ def plan_from_loans(loads: np.ndarray, rank_loads: list[int], loans: list[Loan])
     cells = memoryview(quota)  # for single elements faster than the array
     held: list[list[int]] = [[] for _ in range(P)]
     transfers = []
-    for expert, borrower, tokens in sorted(loans):
+    for expert, borrower, tokens in sorted(moves):
         home = expert // M
         cells[expert, home] -= tokens
         cells[expert, borrower] = tokens
         held[borrower].append(expert)
         transfers.append((home, borrower, expert))
-    return _freeze(quota, held, transfers, rank_loads, loads_after(rank_loads, loans, M))
+    return _freeze(quota, held, transfers, rank_loads, loads_after(rank_loads, moves, M))
 
 
 def plan_from_quota(quota: np.ndarray) -> Plan:
@@ -150,10 +150,10 @@ def native_quota(loads: np.ndarray, num_ranks: int) -> np.ndarray:
     return quota
 
 
-def loads_after(rank_loads: list[int], loans: list[Loan], experts_per_rank: int) -> list[int]:
-    """[P] tokens per rank with these loans, from those under plain expert parallelism."""
+def loads_after(rank_loads: list[int], moves: list[PlanMove], experts_per_rank: int) -> list[int]:
+    """[P] tokens per rank with these moves, from those under plain expert parallelism."""
     after = rank_loads.copy()
-    for expert, borrower, tokens in loans:
+    for expert, borrower, tokens in moves:
         after[expert // experts_per_rank] -= tokens
         after[borrower] += tokens
     return after

@@ -64,7 +64,7 @@ def plan_over_replicas(
         **options,
     )
     if num_replicas > 1:
-        plan, counts = _drop_loans_of_replicas(plan, counts, num_replicas)
+        plan, counts = _drop_moves_of_replicas(plan, counts, num_replicas)
     return plan, counts
 
 
@@ -124,7 +124,7 @@ def spread_over_replicas(
     return spread.reshape(R, D * E)
 
 
-def _drop_loans_of_replicas(
+def _drop_moves_of_replicas(
     plan: Plan, spread: np.ndarray, num_replicas: int
 ) -> tuple[Plan, np.ndarray]:
     """Where a rank borrows an expert that it has a replica of, send it the tokens alone.

@@ -8,33 +8,33 @@ from itertools import groupby
 
 import numpy as np
 
-from megatron_llep.planner.exact import even_shares, exact_loans, match_ranks
-from megatron_llep.planner.plan import Loan, loads_after
+from megatron_llep.planner.exact import even_shares, exact_moves, match_ranks
+from megatron_llep.planner.plan import PlanMove, loads_after
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
 Rooms = list[tuple[int, int]]
 """(tokens it can still take, rank) of the ranks of a node that have a slot, ascending."""
 
 
-def tolerant_loans(
+def tolerant_moves(
     loads: np.ndarray,
     rank_loads: list[int],
     max_foreign: int,
     topology: Topology = ONE_NODE,
     *,
     tolerance: float,
-) -> list[Loan]:
-    """Few loans after which no rank computes more than (1 + tolerance) * mean tokens.
+) -> list[PlanMove]:
+    """Few moves after which no rank computes more than (1 + tolerance) * mean tokens.
 
     1. Every rank above the cap (`most_tokens`) lends its surplus (`_shed`).
     2. Lender and borrowers even out at no further transfer (`_even_out`).
-    3. Where `exact_loans` keeps the cap with fewer loans, or has a lower largest load above it,
-       its loans are taken. With a slot for each native expert it makes a loan for each of its
+    3. Where `exact_moves` keeps the cap with fewer moves, or has a lower largest load above it,
+       its moves are taken. With a slot for each native expert it makes a move for each of its
        matches, and matches every rank below its even share, so it is not tried where there are
-       no more loans than these.
+       no more moves than these.
 
-    So the cap is kept wherever `exact_loans` with the same slots and topology keeps it, and then
-    there are no more loans than its. A surplus within the cap is not lent; one above it is,
+    So the cap is kept wherever `exact_moves` with the same slots and topology keeps it, and then
+    there are no more moves than its. A surplus within the cap is not lent; one above it is,
     however small: the cap comes before min_tokens_per_gemm.
 
     Args:
@@ -48,20 +48,20 @@ def tolerant_loans(
     cap = most_tokens(rank_loads, topology, tolerance)
     if max(rank_loads) <= cap:
         return []
-    loans = _shed(loads, rank_loads, max_foreign, topology, cap)
+    moves = _shed(loads, rank_loads, max_foreign, topology, cap)
     shares = even_shares(rank_loads, topology)
-    loans, after = _even_out(loads, rank_loads, loans, max(shares))
+    moves, after = _even_out(loads, rank_loads, moves, max(shares))
     below_share = sum(load < share for load, share in zip(rank_loads, shares, strict=True))
     # The second number is the sharper, and takes longer.
     no_more_than_exact = max_foreign == M and (
-        len(loans) <= below_share or len(loans) <= len(match_ranks(rank_loads, topology))
+        len(moves) <= below_share or len(moves) <= len(match_ranks(rank_loads, topology))
     )
     if no_more_than_exact and max(after) <= cap:
-        return loans
-    exact = exact_loans(loads, rank_loads, max_foreign, topology)
-    score = max(cap, *after), len(loans)
+        return moves
+    exact = exact_moves(loads, rank_loads, max_foreign, topology)
+    score = max(cap, *after), len(moves)
     exact_score = max(cap, *loads_after(rank_loads, exact, M)), len(exact)
-    return exact if exact_score < score else loans
+    return exact if exact_score < score else moves
 
 
 def most_tokens(rank_loads: list[int], topology: Topology, tolerance: float) -> int:
@@ -91,8 +91,8 @@ def _exceed_mean(total: int, num_ranks: int, tolerance: float) -> int:
 
 def _shed(
     loads: np.ndarray, rank_loads: list[int], max_foreign: int, topology: Topology, cap: int
-) -> list[Loan]:
-    """Loans that bring every rank down to the cap, as far as slots allow.
+) -> list[PlanMove]:
+    """Moves that bring every rank down to the cap, as far as slots allow.
 
     The lender furthest above the cap goes first. It always lends from its expert with most
     tokens left, to the rank with the least room for all that expert or that surplus, or, if there
@@ -113,7 +113,7 @@ def _shed(
     ]
     crosses = topology.lend_across_nodes and size < P
     slots = [max_foreign] * P
-    loans: list[Loan] = []
+    moves: list[PlanMove] = []
     surpluses = sorted((cap - load, rank) for rank, load in enumerate(rank_loads) if load > cap)
     for negative_surplus, lender in surpluses if max_foreign else ():
         surplus = -negative_surplus
@@ -131,14 +131,14 @@ def _shed(
             slots[borrower] -= 1
             tokens = min(wanted if slots[borrower] else most, room)
             expert = left.index(most)
-            loans.append((first + expert, borrower, tokens))
+            moves.append((first + expert, borrower, tokens))
             left[expert] -= tokens
             surplus -= tokens
             if slots[borrower] and room > tokens:
                 insort(rooms, (room - tokens, borrower))
         if surplus < 0:
             insort(mates, (-surplus, lender))
-    return loans
+    return moves
 
 
 def _find_node(nodes: list[Rooms], mates: Rooms, wanted: int) -> Rooms:
@@ -154,35 +154,35 @@ def _find_node(nodes: list[Rooms], mates: Rooms, wanted: int) -> Rooms:
 
 
 def _even_out(
-    loads: np.ndarray, rank_loads: list[int], loans: list[Loan], least: int
-) -> tuple[list[Loan], list[int]]:
+    loads: np.ndarray, rank_loads: list[int], moves: list[PlanMove], least: int
+) -> tuple[list[PlanMove], list[int]]:
     """Change how many tokens are lent so that each lender and its borrowers have equal loads.
 
     No lower than `least`, the best that the most loaded rank can have, as that would move tokens
     for nothing; and only if the largest load comes at least half the way down to it. No rank
-    rises above the largest load before. A loan of which nothing remains is dropped.
+    rises above the largest load before. A move of which nothing remains is dropped.
 
-    Returns the loans, and the loads of the ranks [P] with them.
+    Returns the moves, and the loads of the ranks [P] with them.
     """
     M = len(loads) // len(rank_loads)
-    load = loads_after(rank_loads, loans, M)
+    load = loads_after(rank_loads, moves, M)
     worth_it = (least + max(load)) // 2
     groups = []
-    for lender, group in groupby(loans, key=lambda loan: loan[0] // M):
+    for lender, group in groupby(moves, key=lambda move: move[0] // M):
         lent = list(group)
         members = {borrower for _, borrower, _ in lent}
         members.add(lender)
         level = max(least, -(-sum([load[rank] for rank in members]) // len(members)))
         if level > worth_it:
-            return loans, load
+            return moves, load
         groups.append((lender, level, lent))
     for lender, level, lent in groups:
         _settle_at(level, lender, lent, load, loads)
-    return [loan for _, _, lent in groups for loan in lent if loan[2]], load
+    return [move for _, _, lent in groups for move in lent if move[2]], load
 
 
 def _settle_at(
-    level: int, lender: int, lent: list[Loan], load: list[int], loads: np.ndarray
+    level: int, lender: int, lent: list[PlanMove], load: list[int], loads: np.ndarray
 ) -> None:
     """Bring a lender and its borrowers to one level; changes `lent` and `load` in place."""
     left = {expert: int(loads[expert]) for expert, _, _ in lent}

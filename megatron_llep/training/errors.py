@@ -4,7 +4,7 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
 
-from megatron_llep.progress import Progress
+from megatron_llep.lending.progress import Progress
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from megatron.training import pretrain, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_llep.device import is_cpu_device_installed
-from megatron_llep.progress import Progress
+from megatron_llep.lending.progress import Progress
 from megatron_llep.training.arguments import read_arguments
 from megatron_llep.training.cpu_flags import flags_without_gpu
 from megatron_llep.training.errors import tell_place

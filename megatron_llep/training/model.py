@@ -11,7 +11,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.local_spec import build_local_block_spec
-from megatron_llep.progress import Progress
+from megatron_llep.lending.progress import Progress
 from megatron_llep.validation import check_same_on_all_ranks
 
 

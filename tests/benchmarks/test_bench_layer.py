@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cost_model.test_cost_model import MODEL
 from megatron_llep.config import LLEPConfig
-from megatron_llep.cost_model import LayerCost, LayerShape
+from megatron_llep.offline.workloads import make_counts
 from megatron_llep.planner import make_plan, sends
-from megatron_llep.workloads import make_counts
+from megatron_llep.planner.cost.model import LayerCost, LayerShape
+from planner.cost.test_cost_model import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.lending import SharedLending
-from megatron_llep.progress import Progress
+from megatron_llep.lending.progress import Progress
+from megatron_llep.lending.shared import SharedLending
 from support.chaos import end_ranks, watch_collectives
 from support.layout import Layout
 from support.llep import EAGER

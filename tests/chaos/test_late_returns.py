@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_llep import moe_layer
+from megatron_llep import layer
 from megatron_llep.experts import LendableExperts
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.lending import Loan, nodes
-from megatron_llep.moe_layer import LLEPMoELayer
+from megatron_llep.layer import LLEPMoELayer
+from megatron_llep.lending import nodes
+from megatron_llep.lending.loan import WeightLoan
 from support.layout import Layout
 from support.llep import EAGER, assert_same_run, train_with_llep
 from support.ranks import run_ranks
@@ -40,13 +41,13 @@ def gate_without_natives(loan, natives, hidden, *, hold_all):
 
 
 def delay_return(monkeypatch, seconds):
-    start_return = Loan.start_return
+    start_return = WeightLoan.start_return
 
     def start_late(loan):
         time.sleep(seconds)
         start_return(loan)
 
-    monkeypatch.setattr(Loan, "start_return", start_late)
+    monkeypatch.setattr(WeightLoan, "start_return", start_late)
 
 
 def is_same_with_one_late_rank(run, late_rank, *, ordered):
@@ -56,7 +57,7 @@ def is_same_with_one_late_rank(run, late_rank, *, ordered):
             if rank == late_rank:
                 delay_return(monkeypatch, 0.02)
             if not ordered:
-                monkeypatch.setattr(moe_layer, "gate", gate_without_natives)
+                monkeypatch.setattr(layer, "gate", gate_without_natives)
             lending = train_with_llep(run)
         assert lending.observed.transfers > 0
         try:
@@ -117,7 +118,7 @@ def count_early_hooks(run, *, ordered):
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(nodes._Gate, "backward", note_gate(nodes._Gate.backward))
             if not ordered:
-                monkeypatch.setattr(moe_layer, "gate", gate_without_natives)
+                monkeypatch.setattr(layer, "gate", gate_without_natives)
             train(run, transform_model=watch)
         return sum(fired.values()), len(early)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.token_dispatcher import Decision
 from support.chaos import SkewedRouting
 from support.layout import Layout
 from support.llep import EAGER, note_decisions

@@ -10,8 +10,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from experts.grouped_experts import TOLERANCE
+from megatron_llep.experts.grouped_linear import Groups, grouped_linear, spread_biases, view_as_one
 from megatron_llep.experts.grouped_mm import run_experts
-from megatron_llep.grouped_linear import Groups, grouped_linear, spread_biases, view_as_one
 from support.comparison import get_relative_difference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -8,8 +8,8 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from layer.test_layer_float64 import T, compare_layers
+from megatron_llep.experts.grouped_linear import view_as_one
 from megatron_llep.experts.grouped_mm import GroupedMM
-from megatron_llep.grouped_linear import view_as_one
 from megatron_llep.integration.convert import convert_model
 from support.layout import Layout, use_layout
 from support.llep import EAGER, assert_same_run, train_with_llep

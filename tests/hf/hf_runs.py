@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from hf_models import SEQUENCE, make_tokens
 
-from megatron_llep.token_dispatcher import Decision
+from megatron_llep.dispatcher import Decision
 from support.llep import EAGER, note_decisions
 from support.ranks import run_ranks
 
@@ -97,7 +97,7 @@ def _start(flags: list[str]) -> tuple[Namespace, Any]:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_llep.config import LLEPConfig
-    from megatron_llep.progress import Progress
+    from megatron_llep.lending.progress import Progress
     from megatron_llep.training.cpu_flags import flags_without_gpu
     from megatron_llep.training.hf.arguments import add_hf_arguments, check_hf_arguments
     from megatron_llep.training.hf.flags import flags_from_hf

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_llep import convert_model, no_lending, watch_loads
-from megatron_llep.token_dispatcher import Decision
+from megatron_llep.dispatcher import Decision
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions

@@ -9,8 +9,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.lending import SharedLending
-from megatron_llep.moe_layer import LLEPMoELayer
+from megatron_llep.layer import LLEPMoELayer
+from megatron_llep.lending.shared import SharedLending
 from megatron_llep.validation import REFUSALS, check_config, check_layer, check_same_on_all_ranks
 from support.layout import Layout, use_layout
 from support.llep import EAGER

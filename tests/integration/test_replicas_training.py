@@ -14,10 +14,10 @@ from megatron.core.transformer.moe.moe_logging import (
 )
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.metrics import METRICS, LLEPMetricsTracker, record_plan
 from megatron_llep.planner import imbalance_of, load_per_rank, plan_over_replicas
-from megatron_llep.token_dispatcher import Decision
 from support.layout import Layout
 from support.llep import EAGER, assert_same_run, note_decisions
 from support.ranks import run_ranks

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.moe_layer import LLEPMoELayer
+from megatron_llep.layer import LLEPMoELayer
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
 from support.training import Run, build_model, make_config

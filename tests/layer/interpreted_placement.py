@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_layer_float64 import TOLERANCE, build_layer, run_layer
 
-from megatron_llep import token_dispatcher
+from megatron_llep import dispatcher
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.placement import kernel, order_chunks, place_tokens
 from megatron_llep.placement.check import find_sum_error, has_indices
@@ -141,8 +141,8 @@ def test_a_layer_equals_megatron(layout, overlap):
     def work(rank, size):
         tokens = 8 if layout.tp > 1 else (9, 1)[rank]
         with use_layout(layout), pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(token_dispatcher, "list_pairs", kernel.list_pairs)
-            monkeypatch.setattr(token_dispatcher, "place_tokens", place_by_kernel)
+            monkeypatch.setattr(dispatcher, "list_pairs", kernel.list_pairs)
+            monkeypatch.setattr(dispatcher, "place_tokens", place_by_kernel)
             plain, ours = (build_layer(layout, rank, 1.0, **shared) for _ in range(2))
             ours.load_state_dict(plain.state_dict())
             convert_model([ours], EAGER)

@@ -13,8 +13,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.cost_presets import PRESETS
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.planner.cost.presets import PRESETS
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER

@@ -15,8 +15,8 @@ from megatron.core.transformer.moe.moe_logging import (
 from layer.test_layer_float64 import T, compare_layers
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.metrics import PREFIX, LLEPMetricsTracker
+from megatron_llep.planner.cost.traffic import count_lending
 from megatron_llep.planner.topology import ONE_NODE
-from megatron_llep.traffic import count_lending
 from support.layout import Layout
 from support.llep import EAGER, assert_same_run, note_decisions, train_with_llep
 from support.ranks import run_ranks

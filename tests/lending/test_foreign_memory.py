@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megatron_llep.lending import Loan
+from megatron_llep.lending.loan import WeightLoan
 from support.layout import Layout
 from support.llep import EAGER, assert_same_run, train_with_llep
 from support.ranks import run_ranks
@@ -20,7 +20,11 @@ class LiveBytes:
     def __init__(self, monkeypatch):
         self._sizes: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
-        hand_out, allocate, free = Loan.hand_out, Loan.start_fetch, Loan.free_weights
+        hand_out, allocate, free = (
+            WeightLoan.hand_out,
+            WeightLoan.start_fetch,
+            WeightLoan.free_weights,
+        )
 
         def watch(function):
             def watched(loan, *args):
@@ -35,7 +39,7 @@ class LiveBytes:
             ("start_fetch", allocate),
             ("free_weights", free),
         ):
-            monkeypatch.setattr(Loan, name, watch(function))
+            monkeypatch.setattr(WeightLoan, name, watch(function))
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         self._sizes = {k: v for k, v in self._sizes.items() if not v[0].expired()}
@@ -54,14 +58,14 @@ def run_and_measure(run: Run, foreign_weights: str) -> list[tuple[int, int, int]
         with pytest.MonkeyPatch.context() as monkeypatch:
             live = LiveBytes(monkeypatch)
             largest = 0
-            init = Loan.__init__
+            init = WeightLoan.__init__
 
             def note_size(loan, *args, **kwargs):
                 nonlocal largest
                 init(loan, *args, **kwargs)
                 largest = max(largest, loan._weights.nbytes)
 
-            monkeypatch.setattr(Loan, "__init__", note_size)
+            monkeypatch.setattr(WeightLoan, "__init__", note_size)
             train_with_llep(run, replace(EAGER, foreign_weights=foreign_weights))
             return live.peak, live.alive(), largest
 
@@ -117,14 +121,14 @@ def test_a_wrong_refetch_is_seen():
         run = Run(layout=Layout(ep=2), routing=Routing("hot"))
         plain = train(run)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            finish_fetch = Loan.finish_fetch
+            finish_fetch = WeightLoan.finish_fetch
 
             def finish_and_spoil(loan):
                 finish_fetch(loan)
                 if not torch.is_grad_enabled():  # in backward
                     loan._weights.zero_()
 
-            monkeypatch.setattr(Loan, "finish_fetch", finish_and_spoil)
+            monkeypatch.setattr(WeightLoan, "finish_fetch", finish_and_spoil)
             lending = train_with_llep(run, replace(EAGER, foreign_weights="refetch"))
         try:
             assert_same_run(lending, plain)

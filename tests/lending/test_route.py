@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llep.fan_out import ALIGNMENT, cut_shards
-from megatron_llep.lending.route import Exchange, Piece, Route
+from megatron_llep.lending.fan_out import ALIGNMENT, cut_shards
+from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers
 from megatron_llep.planner import Plan, make_plan, plan_from_quota
+from megatron_llep.planner.cost.traffic import count_lending
 from megatron_llep.planner.topology import ONE_NODE, Topology
-from megatron_llep.traffic import count_lending
 from planner.planner_routings import KINDS, REPRODUCIBLE, make_counts
 from support.spread import spread_experts
 
@@ -49,7 +49,7 @@ def run_exchange(
     return received
 
 
-def fetch(routes: list[Route], natives: Buffers, width: int) -> Buffers:
+def fetch(routes: list[RankTransfers], natives: Buffers, width: int) -> Buffers:
     """The foreign slots [F, W] of each rank after all exchanges."""
     slots = [np.full((route.num_foreign, width), np.nan) for route in routes]
     for number in range(len(routes[0].exchanges)):
@@ -61,7 +61,7 @@ def fetch(routes: list[Route], natives: Buffers, width: int) -> Buffers:
     return slots
 
 
-def give_back(routes: list[Route], grads: Buffers, natives: Buffers) -> Buffers:
+def give_back(routes: list[RankTransfers], grads: Buffers, natives: Buffers) -> Buffers:
     """The sums of the gradients [M, W] at each home."""
     grads = [each.copy() for each in grads]
     totals = [np.zeros_like(each) for each in natives]
@@ -79,7 +79,7 @@ def give_back(routes: list[Route], grads: Buffers, natives: Buffers) -> Buffers:
 
 def check_routes(plan: Plan, width: int, scatter_from: int, topology: Topology = ONE_NODE) -> None:
     P, M = plan.num_ranks, plan.experts_per_rank
-    routes = [Route.of(plan, r, width=width, scatter_from=scatter_from) for r in range(P)]
+    routes = [RankTransfers.of(plan, r, width=width, scatter_from=scatter_from) for r in range(P)]
     experts = np.arange(plan.num_experts * width, dtype=float).reshape(-1, width) + 1
     natives = [experts[r * M : (r + 1) * M] for r in range(P)]
     for r, slots in enumerate(fetch(routes, natives, width)):

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from layer.test_layer_float64 import H, T, build_layer
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.lending import Loan, shared
+from megatron_llep.lending import shared
+from megatron_llep.lending.loan import WeightLoan
+from megatron_llep.lending.pending import PendingExchanges
 from megatron_llep.lending.side_stream import SideStream
-from megatron_llep.lending.transfer import Transfer
 from support.layout import Layout, use_layout
 from support.llep import EAGER
 from support.ranks import run_ranks
@@ -146,7 +147,7 @@ def find_races(rank, size, llep, broken):
         streams.use(flat, True, "free")
         flat.untyped_storage().resize_(0)
 
-    finish = Transfer.finish
+    finish = PendingExchanges.finish
 
     class Stream(NotedStream):
         begins_in_order = broken != "begin"
@@ -156,8 +157,8 @@ def find_races(rank, size, llep, broken):
     with use_layout(Layout(ep=4)), pytest.MonkeyPatch.context() as monkeypatch:
         use_spread_experts(monkeypatch)
         monkeypatch.setattr(shared, "SideStream", Stream)
-        monkeypatch.setattr(Transfer, "finish", note_finish)
-        monkeypatch.setattr(Loan, "_free", staticmethod(note_free))
+        monkeypatch.setattr(PendingExchanges, "finish", note_finish)
+        monkeypatch.setattr(WeightLoan, "_free", staticmethod(note_free))
         layer = build_layer(Layout(ep=4), rank, 0.0)
         convert_model([layer], llep)
         monkeypatch.setattr(dist, "all_to_all_single", note_exchange)

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.token_dispatcher import Decision
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
 from support.ranks import run_ranks

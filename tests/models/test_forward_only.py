@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.moe_layer import LLEPMoELayer
-from megatron_llep.token_dispatcher import Decision
+from megatron_llep.layer import LLEPMoELayer
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions

@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
-from megatron_llep.moe_layer import LLEPMoELayer
+from megatron_llep.layer import LLEPMoELayer
 from megatron_llep.validation import check_config
 from support.layout import Layout
 from support.llep import EAGER, train_with_llep

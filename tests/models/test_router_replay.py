@@ -7,8 +7,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
+from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.token_dispatcher import Decision
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions

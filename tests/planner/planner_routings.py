@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from megatron_llep.planner.exact import exact_loans
-from megatron_llep.planner.lla import lla_loans
-from megatron_llep.planner.plan import plan_from_loans
-from megatron_llep.planner.tolerant import tolerant_loans
+from megatron_llep.planner.exact import exact_moves
+from megatron_llep.planner.lla import lla_moves
+from megatron_llep.planner.plan import plan_from_moves
+from megatron_llep.planner.tolerant import tolerant_moves
 
 # The same examples on every run, and no deadline on a shared machine.
 REPRODUCIBLE = settings(
@@ -71,9 +71,9 @@ def routings(draw, max_ranks: int = 64, max_experts: int = 512) -> tuple[np.ndar
 def _quota(make_loans, loads, num_ranks: int, *args, **options) -> np.ndarray:
     """[E, P] quotas of a planner alone, without thresholds or fall-back."""
     rank_loads = loads.reshape(num_ranks, -1).sum(axis=1).tolist()
-    return plan_from_loans(loads, rank_loads, make_loans(loads, rank_loads, *args, **options)).quota
+    return plan_from_moves(loads, rank_loads, make_loans(loads, rank_loads, *args, **options)).quota
 
 
-exact_quota = partial(_quota, exact_loans)
-lla_quota = partial(_quota, lla_loans)
-tolerant_quota = partial(_quota, tolerant_loans)
+exact_quota = partial(_quota, exact_moves)
+lla_quota = partial(_quota, lla_moves)
+tolerant_quota = partial(_quota, tolerant_moves)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner_routings import KINDS, REPRODUCIBLE, make_counts
 
-from megatron_llep.cost_model import LayerCost, LayerShape, Link
-from megatron_llep.cost_presets import PRESETS
 from megatron_llep.planner import make_plan
 from megatron_llep.planner.auto import TOLERANCES
+from megatron_llep.planner.cost.model import LayerCost, LayerShape, Link
+from megatron_llep.planner.cost.presets import PRESETS
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
 SHAPE = LayerShape(hidden=2048, ffn_hidden=1024, num_experts=16, top_k=2)

@@ -6,18 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_routings import KINDS, REPRODUCIBLE, make_counts
 
-from megatron_llep.cost_model import LayerCost, LayerShape
-from megatron_llep.cost_presets import PRESETS
+from megatron_llep.offline.lp import lp_quota
 from megatron_llep.planner import (
     PLANNERS,
     Plan,
     imbalance_of,
     load_per_rank,
-    lp_quota,
     plan_over_replicas,
     receives,
     sends,
 )
+from megatron_llep.planner.cost.model import LayerCost, LayerShape
+from megatron_llep.planner.cost.presets import PRESETS
 from megatron_llep.planner.replicas import spread_over_replicas, stay_in_row
 
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.dispatcher import Decision, LLEPTokenDispatcher
 from megatron_llep.integration.convert import convert_model, with_llep
-from megatron_llep.moe_layer import LLEPMoELayer
+from megatron_llep.layer import LLEPMoELayer
 from megatron_llep.planner import Plan
-from megatron_llep.token_dispatcher import Decision, LLEPTokenDispatcher
 from support.comparison import get_relative_difference
 from support.training import Chunks, Run, TrainResult, train
 

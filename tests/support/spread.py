@@ -6,7 +6,7 @@ Letters: P ranks, E experts, M = E / P.
 import numpy as np
 import pytest
 
-from megatron_llep import token_dispatcher
+from megatron_llep import dispatcher
 from megatron_llep.planner import Plan, plan_from_quota
 from megatron_llep.planner.plan import native_quota
 
@@ -37,4 +37,4 @@ def use_spread_experts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert num_replicas == 1
         return spread_experts(routed.sum(axis=0), num_ranks), routed
 
-    monkeypatch.setattr(token_dispatcher, "plan_over_replicas", plan)
+    monkeypatch.setattr(dispatcher, "plan_over_replicas", plan)

@@ -19,7 +19,7 @@ from te_cpu_stand_in import make_fp8_recipe
 from te_experts import TE_CONFIG, use_te_experts
 
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.moe_layer import LLEPMoELayer
+from megatron_llep.layer import LLEPMoELayer
 from support.layout import Layout
 from support.llep import EAGER, train_with_llep
 from support.parity import Case, compare_all

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.offline.workloads import route_tokens
 from megatron_llep.planner import make_plan
-from megatron_llep.workloads import route_tokens
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
 

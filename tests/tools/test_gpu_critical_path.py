@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_llep.offline.simulator.models import MODELS
+from megatron_llep.offline.workloads import make_counts
 from megatron_llep.planner import make_plan
-from megatron_llep.simulator.models import MODELS
-from megatron_llep.workloads import make_counts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 

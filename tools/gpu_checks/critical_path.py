@@ -17,9 +17,9 @@ from gpu_checks.experts import Experts, Slab
 from gpu_checks.rank_work import NUM_RANKS, Case, Load, choose_loads, make_cases
 from gpu_checks.results import check_experts
 from gpu_checks.stopwatch import Pass, estimate_bytes, run_once
-from megatron_llep.cost_model import CostModel
+from megatron_llep.offline.simulator.models import ModelShape
 from megatron_llep.planner import Topology
-from megatron_llep.simulator.models import ModelShape
+from megatron_llep.planner.cost.model import CostModel
 
 _HEADROOM = 1.08
 """Of the device's memory, for what the allocator cannot reuse."""

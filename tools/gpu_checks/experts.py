@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from megatron_llep.grouped_linear import Groups, grouped_linear
+from megatron_llep.experts.grouped_linear import Groups, grouped_linear
 
 Outputs = list[torch.Tensor]
 """[n, H] of each part of the slots, in order; N rows in all."""

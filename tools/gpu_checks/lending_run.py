@@ -23,11 +23,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.local_spec import build_local_block_spec
-from megatron_llep.moe_layer import LLEPMoELayer
-from megatron_llep.token_dispatcher import Decision
-from megatron_llep.workloads import route_tokens
+from megatron_llep.layer import LLEPMoELayer
+from megatron_llep.offline.workloads import route_tokens
 
 _VOCABULARY = 64
 _LOWERED_BY = 30.0

@@ -19,8 +19,8 @@ from gpu_checks.experts import Experts, run_apart, run_together
 from gpu_checks.rank_work import PLAIN
 from gpu_checks.section import Section
 from gpu_checks.te_experts import TransformerEngineExperts
-from megatron_llep.cost_model import CostModel
-from megatron_llep.simulator.models import ModelShape
+from megatron_llep.offline.simulator.models import ModelShape
+from megatron_llep.planner.cost.model import CostModel
 
 KINDS: dict[str, Callable[[], Experts]] = {
     "grouped_mm": lambda: run_apart,

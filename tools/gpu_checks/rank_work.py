@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_llep.cost_model import LayerShape
+from megatron_llep.offline.workloads import make_counts
 from megatron_llep.placement import order_chunks
 from megatron_llep.planner import Plan, make_plan, receives, sends, slot_of_expert
-from megatron_llep.workloads import make_counts
+from megatron_llep.planner.cost.model import LayerShape
 
 PLAIN = "plain"
 NUM_RANKS = 8

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_llep.machine import describe_machine
 from megatron_llep.offline.compare.comparison import Comparison, Metric, compare_runs
 from megatron_llep.offline.compare.picture import standard_panels
 from megatron_llep.offline.compare.read import read_run
@@ -23,6 +22,7 @@ from megatron_llep.offline.launch.execute import Run, RunFailedError, execute
 from megatron_llep.offline.launch.flags import load_config, parse_extra, read_value
 from megatron_llep.offline.launch.torchrun import count_gpus
 from megatron_llep.offline.launch.twins import CONTROLS, KINDS, plan_twins
+from megatron_llep.offline.machine import describe_machine
 
 DEFAULT_METRIC = "lm loss"
 EARLY_HALF = 1e-3

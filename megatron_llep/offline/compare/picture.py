@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_llep.cli.plotting import import_pyplot
+from megatron_llep.offline.cli.plotting import import_pyplot
 from megatron_llep.offline.compare.comparison import Comparison
 from megatron_llep.offline.compare.panels import (
     FAINT,

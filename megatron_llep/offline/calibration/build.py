@@ -1,0 +1,95 @@
+"""From measurements to a cost model, and how well it predicts what it was not fitted to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_llep.offline.calibration.fit import (
+    ExpertTiming,
+    TransferTiming,
+    find_errors,
+    fit_expert,
+    fit_link,
+    predict_transfer,
+)
+from megatron_llep.planner.cost.model import CostModel, Link
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """How well held-out timings were predicted: relative errors."""
+
+    what: str
+    points: int
+    median: float
+    worst: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}: {self.median:.0%} off in the median, {self.worst:.0%} at worst "
+            f"({self.points} points held out)"
+        )
+
+
+def build_cost_model(
+    *,
+    machine: str,
+    experts: Sequence[ExpertTiming],
+    transfers: Sequence[TransferTiming],
+    copy_bytes_per_second: float,
+    overlap: float,
+    planning_seconds: float,
+    intra_node: Link | None = None,
+    inter_node: Link | None = None,
+) -> tuple[CostModel, list[Check]]:
+    """Fit a cost model to every other timing and check it on the rest.
+
+    Args:
+        machine: in words.
+        experts: per size of expert, by growing tokens.
+        transfers: by growing bytes; empty if `intra_node` is given.
+        copy_bytes_per_second: as in the cost model; so are `overlap` and `planning_seconds`.
+        overlap: see above.
+        planning_seconds: see above.
+        intra_node: default: fitted to `transfers`.
+        inter_node: default: as inside the node.
+
+    Raises:
+        ValueError: too few timings, or they do not grow with the work.
+    """
+    fitted, held_out = _split(experts)
+    expert = fit_expert(fitted)
+    checks = [
+        _check(
+            "forward and backward of an expert",
+            [expert.predict(t) for t in held_out],
+            [t.forward_seconds + t.backward_seconds for t in held_out],
+        )
+    ]
+    if intra_node is None:
+        used, unused = _split(transfers)
+        intra_node = link = fit_link(used)
+        predicted = [predict_transfer(link, t.num_bytes) for t in unused]
+        checks.append(_check("transfers", predicted, [t.seconds for t in unused]))
+    model = CostModel(
+        machine=machine,
+        flops_per_second=expert.flops_per_second,
+        half_rate_tokens=expert.half_rate_tokens,
+        gemm_overhead_seconds=expert.gemm_overhead_seconds,
+        backward_factor=expert.backward_factor,
+        copy_bytes_per_second=copy_bytes_per_second,
+        intra_node=intra_node,
+        inter_node=inter_node or intra_node,
+        overlap=overlap,
+        planning_seconds=planning_seconds,
+    )
+    return model, checks
+
+
+def _split[T](timings: Sequence[T]) -> tuple[list[T], list[T]]:
+    """The timings to fit, and those in between."""
+    return list(timings[::2]), list(timings[1::2])
+
+
+def _check(what: str, predicted: Sequence[float], measured: Sequence[float]) -> Check:
+    median, worst = find_errors(predicted, measured)
+    return Check(what=what, points=len(measured), median=median, worst=worst)

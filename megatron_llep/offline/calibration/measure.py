@@ -1,0 +1,252 @@
+"""Timings for a cost model, taken in several processes that work at the same time.
+
+Shape letters: n tokens, h hidden size, f inner size of an expert.
+
+On CPUs two processes, each with one thread on a core of its own, talk over gloo; where GPUs are,
+one or two, over NCCL. Every figure is the median of repeats on the slowest rank.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_llep.offline.calibration.fit import ExpertTiming, TransferTiming
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What to measure."""
+
+    experts: tuple[tuple[int, int], ...]
+    """(h, f) of each expert, gated."""
+    tokens: tuple[int, ...]
+    """n of each expert; every other one, from the second on, is kept for the check."""
+    transfer_bytes: tuple[int, ...]
+    """Likewise."""
+    repeats: int = 7
+    dtype: torch.dtype = torch.float32
+
+
+CPU_SIZES = Sizes(
+    experts=((256, 512), (512, 1024)),
+    tokens=(16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+    transfer_bytes=tuple(2**k for k in range(14, 25)),
+)
+GPU_SIZES = Sizes(
+    experts=((2048, 1408), (4096, 2048)),
+    tokens=(16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+    transfer_bytes=tuple(2**k for k in range(16, 28)),
+    repeats=20,
+    dtype=torch.bfloat16,
+)
+
+
+def choose_sizes(sizes: Sizes, *, expert: tuple[int, int] | None, quick: bool) -> Sizes:
+    """The given sizes, for one expert (h, f) if there is one; small and few if `quick`."""
+    experts = (expert,) if expert else sizes.experts
+    if not quick:
+        return replace(sizes, experts=experts)
+    return replace(
+        sizes,
+        experts=experts[:1],
+        tokens=sizes.tokens[:6],
+        transfer_bytes=sizes.transfer_bytes[:6],
+        repeats=3,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What the slowest rank took."""
+
+    experts: list[ExpertTiming]
+    copy_bytes_per_second: float
+    transfers: list[TransferTiming]
+    """Both ways at once; empty with one rank."""
+    overlap: float
+    """See CostModel; 0 with one rank."""
+
+
+def measure(sizes: Sizes, report: Callable[[str], None]) -> Measurements:
+    """Start the processes, measure, and end them.
+
+    Args:
+        sizes: what to measure.
+        report: told what is measured now.
+
+    Raises:
+        RuntimeError: a process ended before its time.
+    """
+    world = min(torch.cuda.device_count(), 2) if torch.cuda.is_available() else 2
+    report(f"experts, copies and transfers in {world} processes")
+    with tempfile.TemporaryDirectory() as folder:
+        context = torch.multiprocessing.get_context("spawn")
+        queue = context.SimpleQueue()
+        torch.multiprocessing.spawn(
+            _measure_rank, (world, sizes, Path(folder) / "store", queue), nprocs=world
+        )
+        return queue.get()
+
+
+def _measure_rank(rank: int, world: int, sizes: Sizes, store: Path, queue) -> None:
+    device = _take_device(rank)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.FileStore(str(store), world),
+        rank=rank,
+        world_size=world,
+    )
+    clock = _Clock(device, sizes.repeats)
+    found = Measurements(
+        experts=[
+            _time_expert(clock, n, h, f, sizes.dtype)
+            for h, f in sizes.experts
+            for n in sizes.tokens
+        ],
+        copy_bytes_per_second=_time_copy(clock, sizes),
+        transfers=[_time_exchange(clock, size) for size in sizes.transfer_bytes if world > 1],
+        overlap=_find_overlap(clock, sizes.transfer_bytes[-1]) if world > 1 else 0.0,
+    )
+    if rank == 0:
+        queue.put(found)
+    dist.destroy_process_group()
+
+
+def _take_device(rank: int) -> torch.device:
+    """One GPU, or one core, for this rank alone."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        return torch.device("cuda", rank)
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    if os.uname().sysname == "Linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return torch.device("cpu")
+
+
+class _Clock:
+    """Times work that all ranks do at once."""
+
+    def __init__(self, device: torch.device, repeats: int):
+        self.device = device
+        self.repeats = repeats
+
+    def time(self, *steps: Callable[[], object]) -> list[float]:
+        """Median seconds of each step, run one after another, on the slowest rank."""
+        seconds: list[list[float]] = [[] for _ in steps]
+        for repeat in range(1 + self.repeats):
+            dist.barrier()
+            for taken, step in zip(seconds, steps, strict=True):
+                self._wait()
+                start = time.perf_counter()
+                step()
+                self._wait()
+                if repeat:  # the first one warms up
+                    taken.append(time.perf_counter() - start)
+        worst = torch.tensor([statistics.median(taken) for taken in seconds], device=self.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return worst.tolist()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _time_expert(clock: _Clock, n: int, h: int, f: int, dtype: torch.dtype) -> ExpertTiming:
+    """A gated MLP, as an expert computes it, with its weights' gradients."""
+    hidden = torch.randn(n, h, device=clock.device, dtype=dtype, requires_grad=True)
+    probs = torch.rand(n, 1, device=clock.device, dtype=dtype)
+    fc1 = torch.nn.Linear(h, 2 * f, bias=False, device=clock.device, dtype=dtype)
+    fc2 = torch.nn.Linear(f, h, bias=False, device=clock.device, dtype=dtype)
+    grad = torch.randn_like(hidden)
+    outputs = []
+
+    def forward() -> None:
+        gate, up = fc1(hidden).chunk(2, dim=-1)
+        outputs.append(fc2(torch.nn.functional.silu(gate) * up * probs))
+
+    def backward() -> None:
+        outputs.pop().backward(grad)
+
+    forward_seconds, backward_seconds = clock.time(forward, backward)
+    return ExpertTiming(
+        tokens=n,
+        flops_per_token=6 * h * f,
+        forward_seconds=forward_seconds,
+        backward_seconds=backward_seconds,
+    )
+
+
+def _time_copy(clock: _Clock, sizes: Sizes) -> float:
+    """Bytes a second of bringing tokens into order, there and back."""
+    h, n = sizes.experts[-1][0], sizes.tokens[-1]
+    tokens = torch.randn(n, h, device=clock.device, dtype=sizes.dtype)
+    order = torch.randperm(n, device=clock.device)
+    result = torch.zeros_like(tokens)
+    gather, scatter = clock.time(
+        lambda: tokens.index_select(0, order), lambda: result.index_add_(0, order, tokens)
+    )
+    return 2 * tokens.nbytes / (gather + scatter)
+
+
+def _time_exchange(clock: _Clock, num_bytes: int) -> TransferTiming:
+    """Both ranks send as much as they receive."""
+    exchange = _Exchange(clock.device, sends=num_bytes, receives=num_bytes)
+    (seconds,) = clock.time(lambda: exchange.start().wait())
+    return TransferTiming(num_bytes=num_bytes, seconds=seconds)
+
+
+def _find_overlap(clock: _Clock, num_bytes: int) -> float:
+    """Send one way and the other way at the same time, on groups of their own."""
+    first = dist.get_rank() == 0
+    one, other = (
+        _Exchange(
+            clock.device,
+            sends=num_bytes if sends else 0,
+            receives=0 if sends else num_bytes,
+            group=dist.new_group(),
+        )
+        for sends in (first, not first)
+    )
+
+    def both() -> None:
+        for work in [one.start(), other.start()]:
+            work.wait()
+
+    alone, alone_too, together = clock.time(
+        lambda: one.start().wait(), lambda: other.start().wait(), both
+    )
+    best = max(alone, alone_too)
+    return min(max((alone + alone_too - together) / (alone + alone_too - best), 0.0), 1.0)
+
+
+class _Exchange:
+    """Bytes to and from the other of two ranks."""
+
+    def __init__(self, device: torch.device, *, sends: int, receives: int, group=None):
+        self._outgoing = torch.zeros(sends, dtype=torch.uint8, device=device)
+        self._incoming = torch.empty(receives, dtype=torch.uint8, device=device)
+        other = 1 - dist.get_rank()
+        self._sends = [sends * (rank == other) for rank in (0, 1)]
+        self._receives = [receives * (rank == other) for rank in (0, 1)]
+        self._group = group
+
+    def start(self) -> dist.Work:
+        work = dist.all_to_all_single(
+            self._incoming,
+            self._outgoing,
+            self._receives,
+            self._sends,
+            group=self._group,
+            async_op=True,
+        )
+        assert work is not None
+        return work

@@ -1,0 +1,178 @@
+"""`simulate`: predict a model's steps under plain EP, each planner, and replica placement."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+from megatron_llep.offline.cli.plotting import import_pyplot, save_figure, start_progress
+from megatron_llep.offline.cli.routing import (
+    add_routing_arguments,
+    list_workloads,
+    make_topology,
+    trace_counts,
+    workload_counts,
+)
+from megatron_llep.offline.simulator.models import MODELS, ModelShape, get_model
+from megatron_llep.offline.simulator.report import (
+    Result,
+    draw_speedups,
+    format_table,
+    make_detail_table,
+    make_page,
+    make_speedup_table,
+)
+from megatron_llep.offline.simulator.run import METHODS, Case, simulate
+from megatron_llep.offline.workloads import PAPER_GRID
+from megatron_llep.planner.cost.model import CostModel
+from megatron_llep.planner.cost.presets import PRESETS, get_cost_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Predict time, memory and traffic of a model's steps, forward and backward, under plain\n"
+        "expert parallelism, each planner, replicas placed by recent loads (eplb), the same with\n"
+        "tokens spread by a linear program (eplb+lp), and perfect balance for nothing (optimum).\n"
+        "Without flags: the three models and the skews of the LLEP paper, on 8 ranks."
+    )
+    parser.epilog = list_workloads()
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=list(MODELS),
+        help=f"of {', '.join(MODELS)}, or a file as in configs/; default: all three",
+    )
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        default=["paper"],
+        help="one or several; default: paper, which is balanced and all hot-*",
+    )
+    parser.add_argument("--ep", type=int, nargs="+", default=[8], help="ranks; default: 8")
+    parser.add_argument("--tokens", type=int, help="of a rank; default: the model's")
+    parser.add_argument("--experts", type=int, help="instead of the model's number of experts")
+    add_routing_arguments(parser)
+    parser.add_argument(
+        "--machine",
+        default="h200",
+        help=f"of {', '.join(PRESETS)} (from data sheets), or a file that calibrate wrote; "
+        "default: %(default)s",
+    )
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--layers", type=int, default=1, help="simulated; default: 1")
+    parser.add_argument("--steps", type=int, default=10, help="simulated; default: 10")
+    parser.add_argument(
+        "--replace-every", type=int, default=10, help="steps between placements of eplb"
+    )
+    parser.add_argument(
+        "--spare-slots", type=int, default=1, help="experts a rank holds beyond its share for eplb"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for simulate.json, .png and .html"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate, print tables, and write the files if asked to."""
+    cost = get_cost_model(args.machine)
+    models = [_get_model(name, args.experts) for name in args.model]
+    for flag in ("layers", "steps", "replace_every"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.spare_slots < 0:
+        raise ValueError("--spare-slots must be at least 0")
+    methods = tuple(method for method in METHODS if method in {"plain", *args.methods})
+    if args.trace:
+        routings = [args.trace.name]
+    else:
+        paper = ["balanced", *PAPER_GRID]
+        routings = [w for given in args.workload for w in (paper if given == "paper" else [given])]
+    wanted = list(product(models, args.ep, routings))
+    advance = start_progress(len(wanted) * args.steps, "simulating")
+    results = []
+    for model, num_ranks, routing in wanted:
+        case, tokens = _make_case(args, cost, model, num_ranks, routing)
+        outcomes = simulate(case, methods, advance)
+        results.append(
+            Result(
+                model=model.name,
+                routing=routing,
+                num_ranks=num_ranks,
+                tokens_per_rank=tokens,
+                outcomes=outcomes,
+            )
+        )
+    print(f"predicted, not measured; machine: {cost.machine}")
+    for model in models:
+        of_model = [result for result in results if result.model == model.name]
+        print(f"\n{model.name}, {of_model[0].tokens_per_rank} tokens a rank")
+        if len(of_model) == 1:
+            print(of_model[0].label)
+            print(format_table(make_detail_table(of_model[0])))
+        else:
+            print(format_table(make_speedup_table(of_model)))
+    if args.output:
+        _write(args.output, results, cost)
+    return 0
+
+
+def _get_model(name: str, num_experts: int | None) -> ModelShape:
+    model = get_model(name)
+    if num_experts is None:
+        return model
+    layer = dataclasses.replace(model.layer, num_experts=num_experts)
+    return dataclasses.replace(model, layer=layer)
+
+
+def _make_case(
+    args: argparse.Namespace, cost: CostModel, model: ModelShape, num_ranks: int, routing: str
+) -> tuple[Case, int]:
+    """What to simulate, and its most tokens a rank."""
+    layers, steps = args.layers, args.steps
+    E, K = model.layer.num_experts, model.layer.top_k
+    tokens = args.tokens or model.tokens_per_rank
+    if args.trace:
+        counts, layers, steps = trace_counts(args.trace, num_ranks, E)
+        tokens = int(counts(0, 0).sum(axis=1).max()) // K
+    else:
+        counts = workload_counts(
+            routing,
+            num_ranks=num_ranks,
+            num_experts=E,
+            tokens=tokens,
+            top_k=K,
+            seed=args.seed,
+            repeat_experts=args.repeat_experts,
+        )
+    case = Case(
+        model=model,
+        cost=cost,
+        topology=make_topology(args.ranks_per_node, num_ranks),
+        make_counts=counts,
+        layers=layers,
+        steps=steps,
+        replace_every=args.replace_every,
+        spare_slots=args.spare_slots,
+    )
+    return case, tokens
+
+
+def _write(folder: Path, results: list[Result], cost: CostModel) -> None:
+    """Write simulate.json, simulate.png and simulate.html."""
+    plt = import_pyplot()
+    folder.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m megatron_llep", *sys.argv[1:]])
+    record = {
+        "command": command,
+        "machine": dataclasses.asdict(cost),
+        "results": [dataclasses.asdict(result) for result in results],
+    }
+    (folder / "simulate.json").write_text(json.dumps(record, indent=1) + "\n")
+    figure = draw_speedups(plt, results)
+    (folder / "simulate.html").write_text(make_page(results, figure, cost.machine, command))
+    save_figure(figure, folder / "simulate.png")
+    print(f"\nwritten: simulate.json, .png and .html in {folder}")

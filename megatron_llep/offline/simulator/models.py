@@ -1,0 +1,170 @@
+"""Shapes of models, as far as the time of a step goes.
+
+The built-in ones are those that the LLEP paper measures; their files in configs/ name the sources.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llep.planner.cost.model import LayerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A model with mixture-of-experts layers."""
+
+    name: str
+    moe_layers: int
+    layer: LayerShape
+    other_flops_per_token: float
+    """Forward, of all layers: attention, dense layers, shared experts, router, output."""
+    tokens_per_rank: int = 4096
+    """Of one micro-batch, where nothing else is asked for."""
+
+
+def _make_model(name: str, args: dict[str, Any], tokens_per_rank: int) -> ModelShape:
+    """Read a model's shape from Megatron's flags (without dashes in front)."""
+    hidden, layers, E = args["hidden-size"], args["num-layers"], args["num-experts"]
+    moe_layers = _count_moe_layers(args.get("moe-layer-freq", 1), layers)
+    matrices = 3 if args.get("swiglu") or args.get("quick-geglu") else 2
+    weights = (
+        layers * _attention_weights(args)
+        + (layers - moe_layers) * matrices * hidden * args["ffn-hidden-size"]
+        + moe_layers * matrices * hidden * args.get("moe-shared-expert-intermediate-size", 0)
+        + moe_layers * hidden * E
+        + hidden * args.get("padded-vocab-size", 0)  # where the tokenizer says it: left out
+    )
+    heads = args["num-attention-heads"]
+    if args.get("multi-latent-attention"):
+        width = heads * (args["qk-head-dim"] + args["qk-pos-emb-head-dim"] + args["v-head-dim"])
+    else:
+        width = 2 * heads * args["kv-channels"]
+    scores = 2 * layers * width * _keys_per_token(args)
+    return ModelShape(
+        name=name,
+        moe_layers=moe_layers,
+        layer=LayerShape(
+            hidden=hidden,
+            ffn_hidden=args["moe-ffn-hidden-size"],
+            num_experts=E,
+            top_k=args["moe-router-topk"],
+            gated=matrices == 3,
+        ),
+        other_flops_per_token=2 * weights + scores,
+        tokens_per_rank=tokens_per_rank,
+    )
+
+
+def _count_moe_layers(frequency: int | str, layers: int) -> int:
+    """Megatron's --moe-layer-freq: every n-th layer, or a pattern such as ([0]*3+[1]*58)."""
+    if isinstance(frequency, int):
+        return len(range(0, layers, frequency))
+    runs = re.findall(r"\[([01])\]\*(\d+)", frequency)
+    if sum(int(n) for _, n in runs) != layers:
+        raise ValueError(f"--moe-layer-freq={frequency}: write ([0]*3+[1]*58) for {layers} layers")
+    return sum(int(n) for kind, n in runs if kind == "1")
+
+
+def _attention_weights(args: dict[str, Any]) -> int:
+    """Numbers in one layer's attention matrices."""
+    hidden, heads = args["hidden-size"], args["num-attention-heads"]
+    if args.get("multi-latent-attention"):
+        rope, qk, v = args["qk-pos-emb-head-dim"], args["qk-head-dim"], args["v-head-dim"]
+        q_rank, kv_rank = args["q-lora-rank"], args["kv-lora-rank"]
+        query = hidden * q_rank + q_rank * heads * (qk + rope)
+        key_value = hidden * (kv_rank + rope) + kv_rank * heads * (qk + v)
+        return query + key_value + heads * v * hidden
+    groups = args.get("num-query-groups", heads)
+    return hidden * args["kv-channels"] * (2 * heads + 2 * groups)
+
+
+def _keys_per_token(args: dict[str, Any]) -> float:
+    """Keys that a token attends to, averaged over tokens and layers."""
+    causal = args["seq-length"] / 2
+    if "window-size" not in args:
+        return causal
+    window = int(str(args["window-size"]).split(",")[0]) + 1
+    every = args["window-attn-skip-freq"]  # every so many layers one has no window
+    return causal / every + min(window, causal) * (every - 1) / every
+
+
+_GPT_OSS_120B = {
+    "num-layers": 36,
+    "hidden-size": 2880,
+    "ffn-hidden-size": 2880,
+    "num-attention-heads": 64,
+    "num-query-groups": 8,
+    "kv-channels": 64,
+    "window-size": "127,0",
+    "window-attn-skip-freq": 2,
+    "seq-length": 4096,
+    "quick-geglu": True,
+    "padded-vocab-size": 201088,
+    "num-experts": 128,
+    "moe-router-topk": 4,
+    "moe-ffn-hidden-size": 2880,
+}
+_DEEPSEEK_V3 = {
+    "num-layers": 61,
+    "hidden-size": 7168,
+    "ffn-hidden-size": 18432,
+    "num-attention-heads": 128,
+    "multi-latent-attention": True,
+    "q-lora-rank": 1536,
+    "kv-lora-rank": 512,
+    "qk-head-dim": 128,
+    "qk-pos-emb-head-dim": 64,
+    "v-head-dim": 128,
+    "seq-length": 4096,
+    "swiglu": True,
+    "padded-vocab-size": 129280,
+    "num-experts": 256,
+    "moe-layer-freq": "([0]*3+[1]*58)",
+    "moe-router-topk": 8,
+    "moe-ffn-hidden-size": 2048,
+    "moe-shared-expert-intermediate-size": 2048,
+}
+_KIMI_K2 = _DEEPSEEK_V3 | {
+    "num-attention-heads": 64,
+    "padded-vocab-size": 163840,
+    "num-experts": 384,
+    "moe-layer-freq": "([0]*1+[1]*60)",
+}
+
+# Tokens a rank: what the LLEP paper measures with.
+MODELS: dict[str, ModelShape] = {
+    "gpt-oss-120b": _make_model("gpt-oss-120b", _GPT_OSS_120B, 32768),
+    "deepseek-v3": _make_model("deepseek-v3", _DEEPSEEK_V3, 16384),
+    "kimi-k2": _make_model("kimi-k2", _KIMI_K2, 16384),
+}
+
+
+def get_model(name_or_path: str) -> ModelShape:
+    """A built-in model by its name, or one from a YAML file as in configs/.
+
+    Raises:
+        ValueError: neither, or the file lacks a flag; says which.
+        ImportError: a file was given and PyYAML is missing.
+    """
+    if name_or_path in MODELS:
+        return MODELS[name_or_path]
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(
+            f"model {name_or_path!r} is unknown: choose one of {', '.join(MODELS)}, or give a file "
+            "with MODEL_ARGS as in configs/"
+        )
+    try:
+        from megatron_llep.offline.launch.flags import load_config
+    except ImportError as error:
+        raise ImportError(
+            "a model's file needs PyYAML: pip install 'megatron-llep[train]'"
+        ) from error
+    flags = load_config(path)["MODEL_ARGS"]
+    args: dict[str, Any] = {flag.removeprefix("--"): value for flag, value in flags.items()}
+    try:
+        return _make_model(path.stem, args, args["seq-length"] * args.get("micro-batch-size", 1))
+    except KeyError as error:
+        raise ValueError(f"model {path}: {error} is missing") from error

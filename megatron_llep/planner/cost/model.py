@@ -1,0 +1,284 @@
+"""How long one MoE layer takes under a plan: forward and backward, on the worst rank.
+
+Shape letters: P ranks, E experts, L links (inside the node, across nodes). A pair is one token at
+one of its top_k experts.
+
+The steps of a layer wait for each other (count, dispatch, compute, combine, and the mirror image in
+backward), so each counts with its slowest rank, and they add up:
+
+- compute: a GEMM of n tokens runs at the rate R * n / (n + h), where h (half_rate_tokens) is the
+  number at which half the rate R is reached. So n tokens of an expert take F * (n + h) / R, F their
+  FLOPs a token, and every slot in use costs h tokens and a fixed overhead more.
+- exchange: pairs are copied into order at both ends, and those of other ranks cross the links.
+- lending and return: experts, and their gradients, are copied at both ends and cross the same links
+  beside a token exchange; in two exchanges, one after the other, if some go in shards. Running them
+  at once with tokens saves time where one uses what the other leaves free, such as the other
+  direction of a link; `overlap` is the share of that which is saved.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_llep.lending.fan_out import SCATTER_FROM
+from megatron_llep.planner.cost.traffic import LinkLoad, count_lending, count_tokens
+
+if TYPE_CHECKING:  # the planners import this module
+    from megatron_llep.planner.plan import Plan
+    from megatron_llep.planner.topology import Topology
+
+EXCHANGES = 4
+"""Token exchanges of a layer: dispatch and combine, each forward and backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Sizes of a layer's experts, as one rank holds them, and of what travels."""
+
+    hidden: int
+    """Numbers in a token."""
+    ffn_hidden: int
+    """Inner size of an expert on one rank (under expert tensor parallelism its share)."""
+    num_experts: int
+    """E."""
+    top_k: int
+    """Experts a token goes to."""
+    gated: bool = True
+    """Three matrices an expert (SwiGLU) instead of two."""
+    bytes_per_element: int = 2
+    """Of weights and tokens."""
+    bytes_per_gradient: int = 4
+    """Of the weight gradients that return."""
+    refetch: bool = False
+    """Lent weights are sent a second time, in backward."""
+    scatter_from: int = SCATTER_FROM
+    """Borrowers from which on a lent expert goes in shards; 0: none does."""
+
+    @property
+    def expert_weights(self) -> int:
+        """Numbers in one expert's matrices."""
+        return (3 if self.gated else 2) * self.hidden * self.ffn_hidden
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights."""
+        return self.expert_weights * self.bytes_per_element
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one expert's gradients on their way home."""
+        return self.expert_weights * self.bytes_per_gradient
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token on its way."""
+        return self.hidden * self.bytes_per_element
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of one pair, forward."""
+        return 2 * self.expert_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What one rank has to others, each way."""
+
+    latency_seconds: float
+    """Before the first byte of a transfer."""
+    bytes_per_second: float
+    """In one direction, the other being in use too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTime:
+    """Predicted seconds of one layer, forward and backward, by what they are spent on."""
+
+    compute: float
+    exchange: float
+    """Tokens and their gradients, four exchanges."""
+    lending: float
+    """Weights of lent experts, what is not hidden."""
+    returning: float
+    """Gradients of lent experts, what is not hidden."""
+    planning: float
+    """Work on the host that plain expert parallelism does not have."""
+
+    @property
+    def total(self) -> float:
+        """The layer's seconds."""
+        return self.compute + self.exchange + self.lending + self.returning + self.planning
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """A machine, as far as one MoE layer is concerned. Rates are of one rank."""
+
+    machine: str
+    """In words: what it is, and where the numbers come from."""
+    flops_per_second: float
+    """Of a large expert, forward."""
+    half_rate_tokens: float
+    """Tokens at which an expert's GEMMs run at half that rate."""
+    gemm_overhead_seconds: float
+    """Of one slot in use, forward."""
+    backward_factor: float
+    """Backward / forward of an expert; 2 by FLOPs."""
+    copy_bytes_per_second: float
+    """Of what is sent, at either end of an exchange."""
+    intra_node: Link
+    inter_node: Link
+    overlap: float
+    """0 .. 1: how much of the time is saved that two exchanges at once can save at most."""
+    planning_seconds: float
+    """Planning and placing of one layer that lends, on the host."""
+
+    def __post_init__(self) -> None:
+        """Reject numbers that describe no machine.
+
+        Raises:
+            ValueError: names the field, its value and what it may be.
+        """
+        positive = ("flops_per_second", "copy_bytes_per_second", "backward_factor")
+        not_negative = ("half_rate_tokens", "gemm_overhead_seconds", "planning_seconds", "overlap")
+        numbers = {name: getattr(self, name) for name in positive + not_negative}
+        for name in ("intra_node", "inter_node"):
+            numbers |= {f"{name}.{k}": v for k, v in vars(getattr(self, name)).items()}
+        for name, value in numbers.items():
+            zero_allowed = name in not_negative or name.endswith("latency_seconds")
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and zero_allowed))):
+                limit = "0 or more" if zero_allowed else "above 0"
+                raise ValueError(f"cost model: {name}={value} must be finite and {limit}")
+        if self.overlap > 1:
+            raise ValueError(f"cost model: overlap={self.overlap} must lie in 0 .. 1")
+
+    def predict_layer(
+        self, plan: "Plan", counts: np.ndarray, shape: LayerShape, topology: "Topology"
+    ) -> LayerTime:
+        """Predict one layer of one micro-batch, forward and backward.
+
+        Args:
+            plan: made from the counts; a fall-back is predicted as plain expert parallelism.
+            counts: integers [P, E], pairs of each rank for each expert.
+            shape: of the layer.
+            topology: which ranks share a node.
+        """
+        pairs = count_tokens(plan, counts, topology)
+        tokens = self._busy_seconds(pairs, shape.token_bytes)
+        load = plan.load_per_rank_after
+        copied = self._copy_seconds(counts.sum(axis=1) + load, shape.token_bytes)
+        exchange = float((copied + tokens.max(axis=(0, 1))).max())
+        exchange += self._start_seconds(pairs > 0)
+        lending = returning = planning = 0.0
+        if not plan.is_fallback:
+            traffic = count_lending(plan, shape.expert_weights, shape.scatter_from, topology)
+            lending = self._time_transfers(traffic, shape.bytes_per_element, tokens)
+            if shape.refetch:  # again, beside the backward of combine
+                lending *= 2
+            returning = self._time_transfers(traffic, shape.bytes_per_gradient, tokens)
+            planning = self.planning_seconds
+        return LayerTime(
+            compute=self.predict_compute(load, (plan.quota > 0).sum(axis=0), shape),
+            exchange=EXCHANGES * exchange,
+            lending=lending,
+            returning=returning,
+            planning=planning,
+        )
+
+    def predict_compute(self, load: np.ndarray, slots: np.ndarray, shape: LayerShape) -> float:
+        """Seconds of the experts' GEMMs on the slowest rank, forward and backward.
+
+        Args:
+            load: [P] pairs each rank computes.
+            slots: [P] experts each rank has pairs of.
+            shape: of the layer.
+        """
+        seconds_per_token = shape.flops_per_token / self.flops_per_second
+        per_slot = self.half_rate_tokens * seconds_per_token + self.gemm_overhead_seconds
+        forward = float((load * seconds_per_token + slots * per_slot).max())
+        return forward * (1 + self.backward_factor)
+
+    def break_even_tokens(self, shape: LayerShape, link: Link) -> float:
+        """Tokens of a lent expert above which lending pays even where none of it is hidden.
+
+        They take as long to compute as the expert takes to cross the link, there and back.
+        """
+        crossing = shape.expert_bytes * (1 + shape.refetch) + shape.gradient_bytes
+        seconds_per_token = shape.flops_per_token / self.flops_per_second
+        return crossing / link.bytes_per_second / (seconds_per_token * (1 + self.backward_factor))
+
+    def _busy_seconds(self, things: np.ndarray, size: float) -> np.ndarray:
+        """[L, 2, P] seconds that each link is busy with so many things of `size` bytes."""
+        links = (self.intra_node, self.inter_node)[: len(things)]
+        return things * np.array([size / link.bytes_per_second for link in links])[:, None, None]
+
+    def _copy_seconds(self, things: np.ndarray, size: float) -> np.ndarray:
+        """[P] seconds to copy things [P] of `size` bytes at one end of an exchange."""
+        return things * (size / self.copy_bytes_per_second)
+
+    def _start_seconds(self, things: np.ndarray) -> float:
+        """Latency of things [L, 2, P], which a rank starts one after another; the most."""
+        links = (self.intra_node, self.inter_node)[: len(things)]
+        most = things.reshape(len(things), -1).max(axis=1).tolist()
+        return max(n * link.latency_seconds for n, link in zip(most, links, strict=True))
+
+    def _time_transfers(
+        self, traffic: tuple[LinkLoad, ...], size: float, tokens: np.ndarray
+    ) -> float:
+        """Seconds of exchanges of numbers of `size` bytes, one after another, that are not hidden.
+
+        What may be hidden: they go while tokens keep the links busy for `tokens` [L, 2, P] seconds.
+        """
+        busy = [self._busy_seconds(each.numbers, size) for each in traffic]
+        crossing = sum(float(each.max()) for each in busy)
+        together = max(crossing, float((sum(busy) + tokens).max()))
+        saved = crossing + float(tokens.max()) - together
+        seconds = crossing - self.overlap * saved
+        for each in traffic:
+            copied = self._copy_seconds(each.numbers.sum(axis=(0, 1)), size)
+            seconds += self._start_seconds(each.messages) + float(copied.max())
+        return seconds
+
+    def digest(self) -> str:
+        """Short hash of all numbers: equal on ranks whose models are equal."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as JSON."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CostModel":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file cannot be read, or is no cost model; names the file.
+        """
+        remedy = "write one with `python -m megatron_llep calibrate`"
+        try:
+            values = json.loads(Path(path).read_text())
+            for name in ("intra_node", "inter_node"):
+                values[name] = Link(**values[name])
+            return cls(**values)
+        except OSError as error:
+            raise ValueError(f"cost model {path}: {error.strerror}; {remedy}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"cost model {path}: not a cost model ({error}); {remedy}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """What planner auto needs to know: the machine, and the layer that runs on it."""
+
+    model: CostModel
+    shape: LayerShape
+
+    def predict(self, plan: "Plan", counts: np.ndarray, topology: "Topology") -> LayerTime:
+        """As `CostModel.predict_layer`."""
+        return self.model.predict_layer(plan, counts, self.shape, topology)
