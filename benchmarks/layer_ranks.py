@@ -140,8 +140,9 @@ def _take_times(rank: int, job: Job) -> Found:
             layer = layers[name]
             layer.route(experts)
             if llep is not None:
-                decision = layer.module.token_dispatcher.decide(layer.get_routing_map())
-                found.plans[workload, name] = decision.plan
+                dispatcher = layer.module.token_dispatcher
+                planned = dispatcher.plan(dispatcher.start_count(layer.get_routing_map()))
+                found.plans[workload, name] = planned.plan
         layers[LIMIT].route(choose_as_if_lent(rank, job, workload))
         found.seconds.update({(workload, name): [] for name in names})
         for turn in range(1 + job.rounds):

@@ -4,31 +4,31 @@ Letters: T tokens of this rank, H hidden size, E experts, D replicas of each (1,
 spread over replicas), P ranks that share the tokens, M = D * E / P native and S foreign slots a
 rank, R = P * tp sources (expert-parallel major; tp is the expert-tensor-parallel size), N pairs.
 
-The plan changes only which slot a (token, expert) pair goes to. With E experts replaced by
-P * (M + S) slots, Megatron's own exchange, gather and combine work as they are, and where nothing
-is lent its sort as well; what is overridden here is where the slots and split sizes come from.
+The plan changes only which slot a (token, expert) pair goes to: E experts become P * (M + S) slots.
+Each step takes the record of its forward off the tokens it is given and lets it ride on those it
+returns (`placement.forward`); the dispatcher itself keeps settings only.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    all_to_all,
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.moe.moe_utils import unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.ranges import step
 from megatron_llep.placement import (
-    Pairs,
-    Placement,
     gather_rows,
     join_by_source,
     list_pairs,
@@ -38,8 +38,8 @@ from megatron_llep.placement import (
     sum_rows,
 )
 from megatron_llep.placement.counting import CountTable
+from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, take
 from megatron_llep.planner import (
-    Plan,
     Topology,
     load_per_rank,
     plan_over_replicas,
@@ -49,29 +49,8 @@ from megatron_llep.planner import (
 )
 from megatron_llep.planner.cost.layer import get_layer_cost
 
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What all ranks know, and have decided alike, before a layer's tokens move."""
-
-    routing_map: torch.Tensor
-    """bool [T, E], the routing that was counted."""
-    pairs: Pairs
-    """This rank's, listed while the counts travelled."""
-    counts: np.ndarray
-    """int64 [R, D * E], tokens from each source to each replica of each expert."""
-    load_before: np.ndarray
-    """int64 [P], tokens on each rank under plain expert parallelism."""
-    plan: Plan
-    """For D * E experts, M of them native to each rank."""
-    trainers: np.ndarray
-    """bool [R], which sources need gradients of their experts' weights."""
-    plan_seconds: float
-
-    @property
-    def trains(self) -> bool:
-        """Whether some rank does."""
-        return bool(self.trainers.any())
+Part = tuple[torch.Tensor, torch.Tensor]
+"""Rows [n, H] of some of the slots, by slot, and the router's weight of each [n]."""
 
 
 class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
@@ -85,6 +64,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         pg_collection: ProcessGroupCollection,
         *,
         llep: LLEPConfig,
+        progress: Progress | None = None,
     ):
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
         self.llep = llep
@@ -99,18 +79,12 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         )
         # pg_collection.ep may be several expert-parallel groups joined, each with all E experts.
         self.num_replicas = self.ep_size * num_local_experts // self.num_experts
-        # Megatron sorts what arrives where nothing is lent: chunks of M experts of R sources.
-        chunks = torch.arange(self.ep_size * num_local_experts * self.tp_size)
-        self.sort_input_by_local_experts = chunks.reshape(-1, num_local_experts).T.ravel()
-        self.restore_output_by_local_experts = chunks.reshape(num_local_experts, -1).T.ravel()
         self.cost = get_layer_cost(config, llep)
-        self.decision: Decision | None = None
-        # From the router to `decide` of one forward.
-        self._counting: tuple[CountTable, Pairs] | None = None
-        # S of the last forward.
-        self.num_foreign = 0
-        # From dispatch to combine of one forward.
-        self._placement: Placement | None = None
+        self.progress = progress or Progress()
+        self.on_plan: list[Callable[[Planned], None]] = []
+        """Called with each plan."""
+        # For whoever calls Megatron's steps without the layer: see `dispatch_postprocess`.
+        self._arrived: Placed | None = None
 
     @property
     def source(self) -> int:
@@ -120,10 +94,10 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
     @step("count.start")
     def start_count(
         self, routing_map: torch.Tensor, *, trains: bool = True, lends: bool = True
-    ) -> None:
-        """Start gathering all ranks' counts; `decide`, given the same map, waits for them.
+    ) -> Routed:
+        """Start gathering all ranks' counts, for which `plan` waits; all ranks in the same order.
 
-        Meanwhile the GPU does what needs no plan. All ranks call it in the same order.
+        Meanwhile the GPU does what needs no plan.
 
         Args:
             routing_map: bool [T, E].
@@ -134,30 +108,25 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             routing_map,
             trains=trains,
             lends=lends,
+            last_plan=self.progress.last_plan,
             group=self.tp_ep_group,
             stream=self.cuda_dtoh_stream,
         )
         # As many as there are where no token is dropped and none has an expert twice.
         most = len(routing_map) * self.config.moe_router_topk
-        self._counting = table, list_pairs(routing_map, most)
+        return Routed(routing_map=routing_map, table=table, pairs=list_pairs(routing_map, most))
 
-    def is_counting(self, routing_map: torch.Tensor) -> bool:
-        """Whether `start_count` was given this map, and `decide` was not yet called."""
-        return self._counting is not None and self._counting[0].routing_map is routing_map
+    def plan(self, routed: Routed) -> Planned:
+        """Plan from all ranks' counts.
 
-    def decide(self, routing_map: torch.Tensor) -> Decision:
-        """Plan from all ranks' counts, which are started first if they were not.
-
-        Args:
-            routing_map: bool [T, E].
+        Raises:
+            RuntimeError: the ranks' last plans differ.
         """
-        if not self.is_counting(routing_map):
-            self.start_count(routing_map)
-        assert self._counting is not None
-        (table, pairs), self._counting = self._counting, None
         with step("count.wait"):
-            counted = table.wait()
-
+            counted = routed.table.wait()
+        self.progress.check_plans(
+            counted.last_plans, dist.get_process_group_ranks(self.tp_ep_group)
+        )
         start = time.perf_counter()
         with step("plan"):
             plan, counts = plan_over_replicas(
@@ -173,125 +142,176 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
                 topology=self.topology,
                 cost=self.cost,
             )
-        self.decision = Decision(
-            routing_map=routing_map,
-            pairs=pairs,
+        self.progress.note_plan(plan.digest())
+        planned = Planned(
+            **vars(routed),
             counts=counts,
             load_before=load_per_rank(counted.counts, self.num_replicas, self.ep_size),
             plan=plan,
             trainers=counted.trainers,
             plan_seconds=time.perf_counter() - start,
         )
-        return self.decision
+        for listener in self.on_plan:
+            listener(planned)
+        return planned
 
     @step("place")
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Order tokens by the slot they go to, and set the sizes of the exchange.
+        """Order tokens by the slot they go to.
 
         Args:
             hidden_states: [..., H], T tokens.
-            routing_map: bool [T, E].
+            routing_map: bool [T, E]; its counts and its plan may be there already.
             probs: [T, E].
 
         Returns:
             Tokens [N, H] and their probabilities [N], by physical slot.
         """
-        decision = self.decision
-        if decision is None or decision.routing_map is not routing_map:
-            decision = self.decide(routing_map)
-        self.decision = None  # used once: a recomputed forward decides again
-        self.hidden_shape = hidden_states.shape
-        self.probs = probs
-        self.routing_map = routing_map
-        hidden_states = hidden_states.view(-1, self.hidden_shape[-1])
-        self.hidden_shape_before_permute = hidden_states.shape
-
-        self.num_foreign = decision.plan.max_foreign
-        num_slots = self.num_native + self.num_foreign
+        if find(Routed, routing_map) is None:
+            hand_on(self.start_count(routing_map), routing_map)
+        if find(Planned, routing_map) is None:
+            hand_on(self.plan(take(Routed, routing_map)), routing_map)
+        planned = take(Planned, routing_map)
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states)
         to_ranks = sends(
-            decision.plan,
-            decision.counts,
+            planned.plan,
+            planned.counts,
             self.source,
             self.llep.token_assignment,
             self.topology,
         )
+        num_slots = self.num_native + planned.plan.max_foreign
+        slots = slot_of_expert(planned.plan)
+        chunks = order_chunks(to_ranks, slots, num_slots, self.num_replicas)
+        placement = place_tokens(routing_map, chunks, planned.pairs)
+        rows = gather_rows(hidden_states.view(-1, hidden_states.shape[-1]), placement)
+        row_probs = probs.reshape(-1).index_select(0, placement.pair_index)
+        # While the GPU gathers. [R, M+S] -> [tp, P, M+S]
+        arriving = receives(
+            planned.plan,
+            planned.counts,
+            self.ep_rank,
+            self.llep.token_assignment,
+            self.topology,
+        )
+        arriving = arriving.reshape(self.ep_size, self.tp_size, num_slots).transpose(1, 0, 2)
+        per_rank = arriving.sum(axis=2)
+        placed = Placed(
+            **vars(planned),
+            placement=placement,
+            hidden_shape=hidden_states.shape,
+            probs_dtype=probs.dtype,
+            sent=to_ranks.sum(axis=0).tolist(),
+            received=per_rank[self.tp_rank].tolist(),
+            gathered=per_rank.sum(axis=1).tolist(),
+            rows_per_slot=torch.from_numpy(arriving.reshape(-1, num_slots)),
+        )
+        hand_on(placed, rows)
+        return rows, row_probs
+
+    def token_dispatch(
+        self, tokens: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exchange tokens [N, H] and probabilities [N] between the P ranks.
+
+        Overlapping shared experts run their first linear meanwhile, as Megatron has it.
+        """
+        placed = take(Placed, tokens)
         if self.shared_experts is not None:
-            self.shared_experts.pre_forward_comm(hidden_states.view(self.hidden_shape))
-        chunks = order_chunks(to_ranks, slot_of_expert(decision.plan), num_slots, self.num_replicas)
-        self._placement = placement = place_tokens(routing_map, chunks, decision.pairs)
-        self.reversed_local_input_permutation_mapping = placement.token_index
-        rows = gather_rows(hidden_states, placement)
-        probs = probs.reshape(-1).index_select(0, placement.pair_index)
-        self._set_splits(decision, to_ranks)  # while the GPU gathers
-        return rows, probs
+            self.shared_experts.wait_current_stream()
+        tokens = self._exchange(tokens, placed.sent, placed.received)
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc1_forward_and_act(tokens)
+        probs = self._exchange(probs, placed.sent, placed.received)
+        hand_on(placed, tokens)
+        return tokens, probs
 
     def sort_by_slot(
-        self, tokens: torch.Tensor, probs: torch.Tensor, parts: Sequence[int]
-    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        """As `dispatch_postprocess`, in a tensor for each part of the slots.
+        self, placed: Placed, tokens: torch.Tensor, probs: torch.Tensor, parts: Sequence[int]
+    ) -> list[Part]:
+        """Sort what arrived by slot, into a tensor for each part of the slots.
 
         Args:
+            placed: of this forward.
             tokens: [N, H], as they arrived.
             probs: [N].
             parts: how many slots each part has; M + S in all.
-
-        Returns:
-            Tokens [n, H] and probabilities [n] of each part, by slot, and int [M + S], the tokens
-            of each slot, on the host.
         """
         if self.tp_size > 1:
             gather = partial(
                 gather_from_sequence_parallel_region,
                 group=self.tp_group,
-                output_split_sizes=self.output_splits_tp.tolist(),
+                output_split_sizes=placed.gathered,
             )
             tokens, probs = gather(tokens), gather(probs)
-        of_parts = (
-            split_by_slot(each, self.num_global_tokens_per_local_expert, parts)
-            for each in (tokens, probs)
-        )
-        return list(zip(*of_parts, strict=True)), self.tokens_per_expert
+        of_parts = (split_by_slot(each, placed.rows_per_slot, parts) for each in (tokens, probs))
+        return list(zip(*of_parts, strict=True))
 
-    def sort_by_source(self, outputs: Sequence[torch.Tensor], parts: Sequence[int]) -> torch.Tensor:
-        """As `combine_preprocess`, of outputs [n, H] of the same parts: [N, H]."""
-        hidden = join_by_source(outputs, self.num_global_tokens_per_local_expert, parts)
+    def sort_by_source(
+        self, placed: Placed, outputs: Sequence[torch.Tensor], parts: Sequence[int]
+    ) -> torch.Tensor:
+        """Put outputs [n, H] of the same parts back in the order of arrival: [N, H]."""
+        hidden = join_by_source(outputs, placed.rows_per_slot, parts)
         if self.tp_size > 1:
             hidden = reduce_scatter_to_sequence_parallel_region(
-                hidden.to(self.probs.dtype),
+                hidden.to(placed.probs_dtype),
                 group=self.tp_group,
-                input_split_sizes=self.output_splits_tp.tolist(),
+                input_split_sizes=placed.gathered,
             ).to(hidden.dtype)
+        hand_on(placed, hidden)
         return hidden
 
+    def dispatch_postprocess(
+        self, tokens: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Megatron's step for its own layer: all slots together; LLEP's layer has `sort_by_slot`.
+
+        No tensor leads from here to `combine_preprocess`, so only one forward at a time can be
+        between these two.
+
+        Returns:
+            Tokens [N, H] by slot, int [M + S] tokens of each slot on the host, probabilities [N].
+        """
+        self._arrived = placed = take(Placed, tokens)
+        per_slot = placed.rows_per_slot.sum(dim=0)
+        ((tokens, probs),) = self.sort_by_slot(placed, tokens, probs, (len(per_slot),))
+        return tokens, per_slot, probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Undo `dispatch_postprocess`: [N, H], by slot -> [N, H], as they arrived."""
+        placed, self._arrived = self._arrived, None
+        assert placed is not None, "tokens are combined once, after they were dispatched"
+        return self.sort_by_source(placed, [hidden_states], (placed.rows_per_slot.shape[1],))
+
+    def token_combine(self, hidden_states: torch.Tensor, *args: bool) -> torch.Tensor:
+        """Exchange rows [N, H] back; overlapping shared experts run their second linear."""
+        placed = take(Placed, hidden_states)
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        rows = self._exchange(hidden_states, placed.received, placed.sent)
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc2_forward(rows)
+            self.shared_experts.post_forward_comm()
+        hand_on(placed, rows)
+        return rows
+
     def combine_postprocess(self, rows: torch.Tensor) -> torch.Tensor:
-        """Add each token's rows, and the shared experts' output: [N, H] -> [..., H]."""
-        placement, self._placement = self._placement, None
-        assert placement is not None, "tokens are combined once, after they were dispatched"
-        if placement.rows_by_token is None:
-            return super().combine_postprocess(rows)
-        output = sum_rows(rows, placement).view(self.hidden_shape)
+        """Add each token's rows, and overlapping shared experts' output: [N, H] -> [..., H]."""
+        placed = take(Placed, rows)
+        if placed.placement.rows_by_token is None:  # on a CPU
+            tokens_shape = (placed.hidden_shape[:-1].numel(), placed.hidden_shape[-1])
+            output = unpermute(rows, placed.placement.token_index, torch.Size(tokens_shape))
+        else:
+            output = sum_rows(rows, placed.placement)
+        output = output.view(placed.hidden_shape)
         if self.shared_experts is not None:
             output = output + self.shared_experts.get_output()
         return output
 
-    def _set_splits(self, decision: Decision, to_ranks: np.ndarray) -> None:
-        """Set the sizes of the parent's exchange and sort, all on the host."""
-        from_sources = receives(
-            decision.plan,
-            decision.counts,
-            self.ep_rank,
-            self.llep.token_assignment,
-            self.topology,
-        )
-        # [R, M+S] -> [tp, P, M+S]
-        per_slot = from_sources.reshape(self.ep_size, self.tp_size, -1).transpose(1, 0, 2)
-        per_rank = per_slot.sum(axis=2)
-        self.input_splits = to_ranks.sum(axis=0)
-        self.output_splits = per_rank[self.tp_rank]
-        self.output_splits_tp = per_rank.sum(axis=1)
-        self.num_global_tokens_per_local_expert = torch.from_numpy(
-            per_slot.reshape(-1, self.num_native + self.num_foreign)
-        )
-        self.tokens_per_expert = torch.from_numpy(per_slot.sum(axis=(0, 1)))
+    def _exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """Exchange [n, ...] rows, so many to and from each of the P ranks."""
+        nccl = self.use_nccl_stream
+        return all_to_all(self.ep_group, rows, received, sent, use_nccl_stream=nccl)

@@ -1,9 +1,12 @@
 """The MoE layer with LLEP: Megatron's `MoELayer`, with a plan between routing and dispatch.
 
-Letters: T tokens of this rank, E experts, H hidden size.
+Letters: T tokens of this rank, E experts, H hidden size, N (token, expert) pairs.
+
+Megatron calls the steps in the order in which they stand here. Each hands the record of its forward
+on to the next (`placement.forward`); the layer itself keeps settings only.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +18,14 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.dispatcher import Decision, LLEPTokenDispatcher
+from megatron_llep.dispatcher import LLEPTokenDispatcher
 from megatron_llep.experts import GroupedMM, make_lendable
 from megatron_llep.lending.loan import WeightLoan
-from megatron_llep.lending.nodes import gate, lend, recall, relay, settle
-from megatron_llep.lending.packing import Weights
+from megatron_llep.lending.nodes import hold_grads, lend, refetch, relay, settle
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import record_exchange, record_plan
+from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, read, take
 from megatron_llep.validation import check_config, check_layer
 
 
@@ -87,43 +90,26 @@ class LLEPMoELayer(MoELayer):
             self.config,
             groups,
             llep=llep,
+            progress=shared.progress,
         )
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._experts_are_reduced = pg_collection.expt_dp.size() > 1
-        # What the host reads off the experts while counts travel: from route to preprocess.
-        self._natives: list[Weights] = []
-        self._parameter_hooks: list[Callable[[], object]] = []
-        # Of shared experts that do not overlap: up to route, and from there to postprocess.
-        self._shared_input: torch.Tensor | None = None
-        self._shared_output: torch.Tensor | None = None
-        # From preprocess to dispatch, and to combine.
-        self._decision: Decision | None = None
-        self._loan: WeightLoan | None = None
-        self._micro_batches = 0
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `MoELayer.forward`; an error from within says which layer and micro-batch it was."""
-        progress, place = self.shared_lending.progress, self._count_forward()
-        progress.enter(f"forward of {place}")
-        with progress.told_in_errors():
-            outputs = super().forward(hidden_states, *args, **kwargs)
-        if outputs[0].requires_grad:
-            outputs[0].register_hook(lambda _: progress.enter(f"backward of {place}"))
-        return outputs
+        with self.shared_lending.progress.told_in_errors():
+            return super().forward(hidden_states, *args, **kwargs)
 
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> None:
-        """Put shared experts off until counts travel: the GPU has work while the host plans.
-
-        Megatron computes them before it routes. Gradients of the layer's input still add up in that
-        order, to the same bits, as the node of this view is older than the router's.
-        """
-        self._shared_input = hidden_states.view_as(hidden_states)
+        """Put shared experts off until counts travel: see `route`."""
 
     def route(
         self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose experts by Megatron's router, start counting, compute shared experts meanwhile.
+
+        Megatron computes these before it routes. The GPU has work, then, while the host plans.
 
         Args:
             hidden_states: [..., H], T tokens.
@@ -132,11 +118,14 @@ class LLEPMoELayer(MoELayer):
         Returns:
             Probabilities [T, E] and the routing map, bool [T, E].
         """
+        # Its node is older than the router's, so gradients of the layer's input still add up in
+        # Megatron's order, to the same bits.
+        shared_input = hidden_states.view_as(hidden_states)
+        place = self._enter_forward()
         probs, routing_map = super().route(hidden_states, padding_mask)
-        self._start_count(routing_map)
-        if self._shared_input is not None:
-            self._shared_output = super().shared_experts_compute(self._shared_input)
-            self._shared_input = None
+        routed = replace(self._start_count(routing_map), place=place)
+        shared_output = super().shared_experts_compute(shared_input)
+        hand_on(replace(routed, shared_output=shared_output), routing_map)
         return probs, routing_map
 
     def preprocess(
@@ -148,97 +137,113 @@ class LLEPMoELayer(MoELayer):
             hidden_states: [..., H], T tokens.
             probs: [T, E].
             routing_map: bool [T, E].
+
+        Returns:
+            Tokens [N, H] and their probabilities [N], by physical slot.
         """
-        if not self.token_dispatcher.is_counting(routing_map):
-            self._start_count(routing_map)
-        self._decision = decision = self.token_dispatcher.decide(routing_map)
-        self.lendable.check_trainers(decision.trainers)
-        natives, self._natives = self._natives, []
-        parameter_hooks, self._parameter_hooks = self._parameter_hooks, []
-        self._loan = None
-        if not decision.plan.is_fallback:
-            for wait in parameter_hooks:
-                wait()
-            self._loan = WeightLoan(
-                decision.plan,
-                natives,
-                group=self.lending_group,
-                scatter_from=self.llep.scatter_from,
-                grad_dtype=self._grad_dtype(),
-                returns=decision.trains,
-                refetch=self._refetches(),
-                memory=self.shared_lending.memory,
-                stream=self.shared_lending.stream_on(natives[0][0].device),
-                progress=self.shared_lending.progress,
-                note_bytes=self._note_bytes,
+        if find(Routed, routing_map) is None:
+            hand_on(self._start_count(routing_map), routing_map)
+        planned = self.token_dispatcher.plan(take(Routed, routing_map))
+        self.lendable.check_trainers(planned.trainers)
+        loan = None if planned.plan.is_fallback else self._open_loan(planned)
+        if loan is not None or (self._experts_are_reduced and planned.trains):
+            hidden_states = hold_grads(
+                loan, planned.natives, hidden_states, hold_all=self._experts_are_reduced
             )
-            self._loan.start_fetch()
-        if self._loan is not None or (self._experts_are_reduced and decision.trains):
-            hidden_states = gate(
-                self._loan, natives, hidden_states, hold_all=self._experts_are_reduced
-            )
-        hidden_states, probs = super().preprocess(hidden_states, probs, routing_map)
-        if self._loan is not None:
-            hidden_states = relay(self._loan, hidden_states)
-        return hidden_states, probs
+        hand_on(replace(planned, loan=loan), routing_map)
+        rows, probs = super().preprocess(hidden_states, probs, routing_map)
+        if loan is not None:
+            relay(loan, rows)
+        return rows, probs
 
     def dispatch(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `MoELayer.dispatch`; notes what was decided, which nothing has to wait for now."""
+        """As `MoELayer.dispatch`; notes what was planned, which nothing has to wait for by then."""
         with step("dispatch"):
-            dispatched = super().dispatch(hidden_states, probs)
-        decision, self._decision = self._decision, None
-        if decision is not None:
-            self._record(decision)
-        return dispatched
+            tokens, probs = super().dispatch(hidden_states, probs)
+        self._record(read(Placed, tokens))
+        return tokens, probs
 
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Run native and foreign experts on the tokens that arrived."""
-        loan = self._loan
-        if loan is None:
-            with step("experts"):
-                return super().routed_experts_compute(hidden_states, probs)
-        loan.continue_fetch()
-        parts = self.lendable.parts(self.token_dispatcher.num_foreign)
-        rows, tokens_per_slot = self.token_dispatcher.sort_by_slot(hidden_states, probs, parts)
+        """Run native and foreign experts on the tokens that arrived: [N, H] -> [N, H]."""
+        placed = take(Placed, hidden_states)
+        loan, dispatcher = placed.loan, self.token_dispatcher
+        parts: tuple[int, ...] = (dispatcher.num_native,)
+        if loan is not None:
+            loan.continue_fetch()
+            parts = self.lendable.parts(placed.plan.max_foreign)
+        rows = dispatcher.sort_by_slot(placed, hidden_states, probs, parts)
+        per_slot = placed.rows_per_slot.sum(dim=0)
         with step("experts"):
-            outputs = self.lendable.compute(rows, tokens_per_slot, partial(lend, loan))
-        return self.token_dispatcher.sort_by_source(settle(loan, outputs), parts), None
+            if loan is None:
+                ((hidden_states, probs),) = rows
+                outputs = [self.experts(hidden_states, per_slot, probs)[0]]
+            else:
+                outputs = self.lendable.compute(rows, per_slot, partial(lend, loan))
+                settle(loan, outputs)
+        return dispatcher.sort_by_source(placed, outputs, parts), None
 
     def combine(self, output: torch.Tensor) -> torch.Tensor:
         """As `MoELayer.combine`."""
-        loan, self._loan = self._loan, None
         with step("combine"):
             output = super().combine(output)
-        return output if loan is None else recall(loan, output)
+        loan = read(Placed, output).loan
+        if loan is not None:
+            refetch(loan, output)
+        return output
 
     def postprocess(
         self, output: torch.Tensor, shared_expert_output: torch.Tensor | None
     ) -> torch.Tensor:
         """As `MoELayer.postprocess`, with the shared experts' output of `route`."""
         assert shared_expert_output is None, "shared experts are computed in route"
-        shared_expert_output, self._shared_output = self._shared_output, None
-        return super().postprocess(output, shared_expert_output)
+        placed = read(Placed, output)
+        output = super().postprocess(output, placed.shared_output)
+        if output.requires_grad:
+            progress = self.shared_lending.progress
+            output.register_hook(lambda _: progress.enter(f"backward of {placed.place}"))
+        return output
 
-    def _start_count(self, routing_map: torch.Tensor) -> None:
-        """Start counting; meanwhile the host does what needs no plan."""
-        self.token_dispatcher.start_count(
+    def _enter_forward(self) -> str:
+        kind = "MTP layer" if self.is_mtp_layer else "layer"
+        return self.shared_lending.progress.enter_forward(
+            f"{kind} {self.layer_number}",
+            training=self.training,
+            again=is_checkpointing() and torch.is_grad_enabled(),
+        )
+
+    def _start_count(self, routing_map: torch.Tensor) -> Routed:
+        """Start counting; meanwhile the host reads off the experts what needs no plan."""
+        routed = self.token_dispatcher.start_count(
             routing_map, trains=self.lendable.trains(), lends=self.shared_lending.lends
         )
-        self._natives = self.lendable.weights()
-        self._parameter_hooks = self.lendable.parameter_hooks()
+        return replace(
+            routed, natives=self.lendable.weights(), weight_waits=self.lendable.parameter_hooks()
+        )
 
-    def _count_forward(self) -> str:
-        """This forward, in words; a recomputed one is not counted again."""
-        kind = "MTP layer" if self.is_mtp_layer else "layer"
-        if not self.training:
-            return f"{kind} {self.layer_number}, evaluation"
-        if not (is_checkpointing() and torch.is_grad_enabled()):
-            self._micro_batches += 1
-        return f"{kind} {self.layer_number}, micro-batch {self._micro_batches} since the start"
+    def _open_loan(self, planned: Planned) -> WeightLoan:
+        """Start to send lent experts and to receive foreign ones."""
+        for wait in planned.weight_waits:
+            wait()
+        shared = self.shared_lending
+        loan = WeightLoan(
+            planned.plan,
+            planned.natives,
+            group=self.lending_group,
+            scatter_from=self.llep.scatter_from,
+            grad_dtype=self._grad_dtype(),
+            returns=planned.trains,
+            refetch=self._refetches(),
+            memory=shared.memory,
+            stream=shared.stream_on(planned.natives[0][0].device),
+            progress=shared.progress,
+            note_bytes=self._note_bytes,
+        )
+        loan.start_fetch()
+        return loan
 
     def _grad_dtype(self) -> torch.dtype:
         if self.llep.grad_dtype == "fp32":
@@ -264,16 +269,16 @@ class LLEPMoELayer(MoELayer):
             group=self.lending_group,
         )
 
-    def _record(self, decision: Decision) -> None:
+    def _record(self, placed: Planned) -> None:
         # Megatron's own rule for router metrics: a recomputed layer then counts once.
         if self.training and torch.is_grad_enabled():
             record_plan(
-                decision.plan,
-                decision.load_before,
+                placed.plan,
+                placed.load_before,
                 layer_number=self.layer_number,
                 is_mtp_layer=self.is_mtp_layer,
                 config=self.config,
                 expert_bytes=self.lendable.expert_bytes,
                 foreign_bytes=self.shared_lending.memory.take_peak(),
-                plan_seconds=decision.plan_seconds,
+                plan_seconds=placed.plan_seconds,
             )

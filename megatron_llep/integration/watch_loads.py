@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from megatron_llep.dispatcher import LLEPTokenDispatcher
+from megatron_llep.placement.forward import Planned
 from megatron_llep.planner import imbalance_of, load_per_rank
 
 
@@ -71,9 +73,13 @@ class LoadWatch:
         self._routed[number].append(output[1].sum(dim=0, dtype=torch.int64))
 
     def note_received(self, number: int, layer: Any, inputs: Any, output: Any) -> None:
-        """A layer's forward hook: the tokens that came from all ranks are known by now."""
+        """A plain layer's forward hook: the tokens that came from all ranks are known by now."""
         splits = getattr(layer.token_dispatcher, "output_splits", None)
         self._received[number].append(None if splits is None else int(sum(splits)))
+
+    def note_plan(self, number: int, rank: int, planned: Planned) -> None:
+        """What an LLEP layer has planned to send to this rank, of the ranks that share tokens."""
+        self._received[number].append(int(planned.plan.load_per_rank_after[rank]))
 
     def _gather_rows(self) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
         """Forward and layer, and of each source [R, E + 1]: counts, then rows received.
@@ -111,13 +117,17 @@ def watch_loads(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[
     chunks = [model] if isinstance(model, torch.nn.Module) else model
     layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, MoELayer)]
     watch = LoadWatch(layers)
-    handles = []
-    for number, layer in enumerate(layers):
-        router: Any = layer.router
-        handles.append(router.register_forward_hook(partial(watch.note_routed, number)))
-        handles.append(layer.register_forward_hook(partial(watch.note_received, number)))
-    try:
+    with contextlib.ExitStack() as watching:
+        for number, layer in enumerate(layers):
+            router: Any = layer.router
+            handle = router.register_forward_hook(partial(watch.note_routed, number))
+            watching.callback(handle.remove)
+            dispatcher = layer.token_dispatcher
+            if isinstance(dispatcher, LLEPTokenDispatcher):
+                listener = partial(watch.note_plan, number, dispatcher.ep_rank)
+                dispatcher.on_plan.append(listener)
+                watching.callback(dispatcher.on_plan.remove, listener)
+            else:
+                handle = layer.register_forward_hook(partial(watch.note_received, number))
+                watching.callback(handle.remove)
         yield watch
-    finally:
-        for handle in handles:
-            handle.remove()

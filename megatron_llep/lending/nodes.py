@@ -1,32 +1,36 @@
-"""The autograd nodes of lending: they give backward a fixed order, the same on every rank.
+"""What lending does in backward, in a fixed order, the same on every rank.
 
 Letters: F foreign experts of this rank.
 
-    Gate      on the layer's input; native weights are inputs too, so the engine keeps their
-              gradient hooks (and with them the data-parallel reduction) until Gate has run
-    Relay     on the tokens about to be dispatched
-    (natives, if they are computed apart)
-    Lend      on the rows that foreign experts compute; hands out the foreign weights
+    HoldGrads  on the layer's input; native weights are inputs too, so the engine keeps their
+               gradient hooks (and with them the data-parallel reduction) until HoldGrads has run
+    relay      on the tokens about to be dispatched
+    (natives)
+    Lend       on the rows that foreign experts compute; hands out the foreign weights
     (foreign experts)
-    Settle    on the experts' outputs
-    Recall    on the combined output
+    settle     on what foreign experts computed
+    refetch    on the combined output
 
-    backward:  Recall starts to fetch freed weights again -> combine -> Settle waits for them
-               -> foreign experts -> Lend starts the return -> (natives) -> dispatch
-               -> Relay starts its second exchange -> Gate waits for it and adds it
+    backward:  refetch starts to fetch freed weights again -> combine -> settle waits for them
+               -> foreign experts -> Lend starts the return -> natives -> dispatch
+               -> relay starts its second exchange -> HoldGrads waits for it and adds it
 
-Every rank runs all of them, whether or not it lends or borrows. (Relay only if the plan lends an
-expert in shards, Recall only if weights are freed.)
+`HoldGrads` and `Lend` are autograd nodes, as weights are among their inputs or outputs. The others
+pass nothing on and are hooks of a tensor: they run when its gradient is there.
+
+Every rank runs all of them, whether or not it lends or borrows. (relay only if the plan lends an
+expert in shards, refetch only if weights are freed.)
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from megatron_llep.lending.loan import WeightLoan, Weights
+from megatron_llep.lending.loan import WeightLoan
+from megatron_llep.lending.packing import Weights
 
 
-def gate(
+def hold_grads(
     loan: WeightLoan | None, natives: Sequence[Weights], hidden: torch.Tensor, *, hold_all: bool
 ) -> torch.Tensor:
     """Pass the layer's input; in backward, wait for the returned gradients and add them.
@@ -50,17 +54,16 @@ def gate(
     weights = [weight for expert in held for weight in natives[expert]]
     # The anchor keeps the node in the graph of a rank on which nothing else needs a gradient.
     anchor = torch.empty(0, device=hidden.device, requires_grad=True)
-    return _Gate.apply(loan, held, hidden, anchor, *weights)
+    return _HoldGrads.apply(loan, held, hidden, anchor, *weights)
 
 
-def relay(loan: WeightLoan, hidden: torch.Tensor) -> torch.Tensor:
-    """Pass tokens that are about to be dispatched; in backward, start a second exchange.
+def relay(loan: WeightLoan, rows: torch.Tensor) -> None:
+    """In backward of tokens that are about to be dispatched, start a second exchange.
 
     It starts after dispatch's own, so that it does not keep that from starting.
     """
-    if not (loan.returns and torch.is_grad_enabled() and len(loan.transfers.exchanges) > 1):
-        return hidden
-    return _Relay.apply(loan, hidden)
+    if loan.returns and torch.is_grad_enabled() and len(loan.transfers.exchanges) > 1:
+        rows.register_hook(lambda _: loan.continue_return())
 
 
 def lend(loan: WeightLoan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Weights]]:
@@ -77,22 +80,35 @@ def lend(loan: WeightLoan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Wei
     return hidden, [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
-def settle(loan: WeightLoan, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Pass the experts' outputs; the foreign weights are not needed again before backward."""
-    if not (torch.is_grad_enabled() and any(output.requires_grad for output in outputs)):
+def settle(loan: WeightLoan, outputs: Sequence[torch.Tensor]) -> None:
+    """The foreign weights are not needed again before the backward of what they computed.
+
+    Args:
+        loan: of this layer and micro-batch.
+        outputs: of natives, then of foreign experts. The last may need no gradient where there are
+            none; what was fetched again is waited for all the same.
+    """
+    go_back = [each for each in outputs if torch.is_grad_enabled() and each.requires_grad]
+    if loan.refetch or not go_back:
         loan.free_weights()
-        return outputs
-    return _Settle.apply(loan, *outputs)
+
+    def prepare(_: torch.Tensor) -> None:
+        if loan.refetch:
+            loan.finish_fetch()
+        if loan.returns:
+            loan.open_grads()
+
+    if go_back:
+        go_back[-1].register_hook(prepare)
 
 
-def recall(loan: WeightLoan, output: torch.Tensor) -> torch.Tensor:
-    """Pass the combined output; in backward, start to fetch weights that were freed."""
-    if not (loan.refetch and torch.is_grad_enabled() and output.requires_grad):
-        return output
-    return _Recall.apply(loan, output)
+def refetch(loan: WeightLoan, output: torch.Tensor) -> None:
+    """In backward of the combined output, start to fetch weights that were freed."""
+    if loan.refetch and torch.is_grad_enabled() and output.requires_grad:
+        output.register_hook(lambda _: loan.start_fetch())
 
 
-class _Gate(torch.autograd.Function):
+class _HoldGrads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, loan: WeightLoan | None, held: Sequence[int], hidden: torch.Tensor, anchor, *weights
@@ -123,18 +139,6 @@ class _Gate(torch.autograd.Function):
         return (None, None, grad_hidden, None, *flat)
 
 
-class _Relay(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loan: WeightLoan, hidden: torch.Tensor) -> torch.Tensor:
-        ctx.loan = loan
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, grad_hidden):
-        ctx.loan.continue_return()
-        return None, grad_hidden
-
-
 class _Lend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loan: WeightLoan, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -150,33 +154,3 @@ class _Lend(torch.autograd.Function):
         loan.drop_weights()
         loan.start_return()
         return None, grad_hidden
-
-
-class _Settle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loan: WeightLoan, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.loan = loan
-        if loan.refetch:
-            loan.free_weights()
-        return tuple(output.view_as(output) for output in outputs)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        loan: WeightLoan = ctx.loan
-        if loan.refetch:
-            loan.finish_fetch()
-        if loan.returns:
-            loan.open_grads()
-        return None, *grad_outputs
-
-
-class _Recall(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loan: WeightLoan, output: torch.Tensor) -> torch.Tensor:
-        ctx.loan = loan
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        ctx.loan.start_fetch()
-        return None, grad_output

@@ -1,18 +1,69 @@
-"""Where this rank is, for errors: one that loses its peers says in which layer and micro-batch."""
+"""Where this rank is, for errors, and what it planned last, which the ranks compare."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 
 class Progress:
-    """The MoE layer that this rank entered last."""
+    """The MoE layer that this rank entered last, and the plan that it made last."""
 
     def __init__(self) -> None:
         self._place = "no MoE layer yet"
+        self._forwards: dict[str, int] = {}
+        self._planned_in = self._place
+        self.last_plan = 0
+        """Digest of the last plan; 0 before the first."""
 
     def enter(self, place: str) -> None:
         """Note what begins now."""
         self._place = place
+
+    def enter_forward(self, layer: str, *, training: bool, again: bool) -> str:
+        """Note that a layer's forward begins, and return it in words.
+
+        Args:
+            layer: which one.
+            training: whether it is counted.
+            again: whether it is recomputed, and not to be counted again.
+        """
+        if not training:
+            place = f"{layer}, evaluation"
+        else:
+            self._forwards[layer] = self._forwards.get(layer, 0) + (not again)
+            place = f"{layer}, micro-batch {self._forwards[layer]} since the start"
+        self.enter(f"forward of {place}")
+        return place
+
+    def note_plan(self, digest: int) -> None:
+        """Note what was planned here: it goes out with the next counts."""
+        self.last_plan, self._planned_in = digest, self._place
+
+    def check_plans(self, last_plans: np.ndarray, ranks: Sequence[int]) -> None:
+        """Check that all ranks made the same plan before this count.
+
+        Args:
+            last_plans: int64 [R], the digests they sent.
+            ranks: their global ranks.
+
+        Raises:
+            RuntimeError: on all ranks alike; names the plans, who made which, and where.
+        """
+        digests = last_plans.tolist()
+        if min(digests) == max(digests):
+            return
+        made = "; ".join(
+            f"ranks {[rank for rank, each in zip(ranks, digests, strict=True) if each == digest]}: "
+            f"plan {digest & (2**64 - 1):016x}"
+            for digest in sorted(set(digests))
+        )
+        raise RuntimeError(
+            f"megatron_llep: ranks that share tokens planned differently in the {self._planned_in} "
+            f"({made}), so tokens or weights of that layer may be wrong. Plans are equal where "
+            "counts, settings, the cost model and the versions of megatron_llep and numpy are: "
+            "compare these between the ranks"
+        )
 
     @contextlib.contextmanager
     def told_in_errors(self) -> Iterator[None]:

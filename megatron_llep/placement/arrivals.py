@@ -26,6 +26,8 @@ def split_by_slot(
         [n, ...] of each part; of no rows, but on the way of the gradients, if it has no slots.
     """
     num_sources, num_slots = counts.shape
+    if tuple(parts) == (1,):
+        return [rows]
     chunks = rows.split(counts.ravel().tolist())
     found, first = [], 0
     for size in parts:
@@ -41,6 +43,8 @@ def join_by_source(
 ) -> torch.Tensor:
     """Undo `split_by_slot`: [n, ...] of each part to [N, ...]."""
     num_sources, num_slots = counts.shape
+    if tuple(parts) == (1,):
+        return outputs[0]
     sizes = counts.T.split(list(parts))
     chunks: list[torch.Tensor] = []  # by slot, then source
     slotless = []

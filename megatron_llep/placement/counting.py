@@ -23,6 +23,8 @@ class Counted:
     """bool [R], which sources need gradients of their experts' weights."""
     lenders: np.ndarray
     """bool [R], which sources agree to lend in this forward."""
+    last_plans: np.ndarray
+    """int64 [R], digest of the plan that each source made before this count."""
 
 
 class CountTable:
@@ -37,6 +39,7 @@ class CountTable:
         *,
         trains: bool,
         lends: bool,
+        last_plan: int,
         group: dist.ProcessGroup,
         stream: torch.cuda.Stream,
     ):
@@ -46,12 +49,13 @@ class CountTable:
             routing_map: bool [T, E].
             trains: whether this rank's experts need weight gradients.
             lends: whether this rank agrees to lend.
+            last_plan: digest of the plan that this rank made last, 64 bits.
             group: the R sources.
             stream: for the copy, and to wait for the all-gather.
         """
-        self.routing_map = routing_map
-        row = routing_map.sum(dim=0, dtype=torch.int64)
-        row = torch.cat((row, row.new_full((1,), _TRAINS * trains + _LENDS * lends)))
+        counts = routing_map.sum(dim=0, dtype=torch.int64)
+        says = (_TRAINS * trains + _LENDS * lends, last_plan)
+        row = torch.cat((counts, *(counts.new_full((1,), number) for number in says)))
         self._rows = row.new_empty(dist.get_world_size(group) * row.numel())
         self._shape = (-1, row.numel())
         self._work = dist.all_gather_into_tensor(self._rows, row, group=group, async_op=True)
@@ -78,9 +82,10 @@ class CountTable:
             self._copied.synchronize()
             table = self._host
         rows = table.numpy().reshape(self._shape)
-        says = rows[:, -1]
+        says = rows[:, -2]
         return Counted(
-            counts=np.ascontiguousarray(rows[:, :-1]),
+            counts=np.ascontiguousarray(rows[:, :-2]),
             trainers=(says & _TRAINS) > 0,
             lenders=(says & _LENDS) > 0,
+            last_plans=rows[:, -1],
         )

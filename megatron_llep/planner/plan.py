@@ -4,6 +4,7 @@ Shape letters: P ranks of the expert-parallel group, E experts, M = E / P expert
 rank, S foreign slots per rank in this plan, n transfers.
 """
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,14 @@ class Plan:
     def load_per_rank_after(self) -> np.ndarray:
         """[P] tokens per rank under this plan."""
         return self.quota.sum(axis=0)
+
+    def digest(self) -> int:
+        """64 bits, signed, of loads and loans: equal where plans are, and hardly ever else."""
+        loads = self.quota.sum(axis=1)
+        expert, _, borrower = self.transfers.T
+        lent = np.concatenate((self.transfers.ravel(), self.quota[expert, borrower]))
+        number = zlib.crc32(loads.tobytes()) << 32 | zlib.crc32(lent.tobytes())
+        return number - (number >> 63 << 64)
 
     def validate(self, counts: np.ndarray, max_foreign: int) -> None:
         """Check every invariant of a plan against the routing it was made for.

@@ -33,11 +33,11 @@ OVERLAP = Run(
 )
 
 
-def gate_without_natives(loan, natives, hidden, *, hold_all):
-    """`gate` as it would be if the native weights were not its inputs."""
+def hold_nothing(loan, natives, hidden, *, hold_all):
+    """`hold_grads` as it would be if the native weights were not its inputs."""
     if loan is None or not (loan.returns and torch.is_grad_enabled()):
         return hidden
-    return nodes._Gate.apply(loan, (), hidden, torch.empty(0, requires_grad=True))
+    return nodes._HoldGrads.apply(loan, (), hidden, torch.empty(0, requires_grad=True))
 
 
 def delay_return(monkeypatch, seconds):
@@ -57,7 +57,7 @@ def is_same_with_one_late_rank(run, late_rank, *, ordered):
             if rank == late_rank:
                 delay_return(monkeypatch, 0.02)
             if not ordered:
-                monkeypatch.setattr(layer, "gate", gate_without_natives)
+                monkeypatch.setattr(layer, "hold_grads", hold_nothing)
             lending = train_with_llep(run)
         assert lending.observed.transfers > 0
         try:
@@ -116,9 +116,9 @@ def count_early_hooks(run, *, ordered):
                         watch_weight(module.layer_number, name, weight)
 
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(nodes._Gate, "backward", note_gate(nodes._Gate.backward))
+            monkeypatch.setattr(nodes._HoldGrads, "backward", note_gate(nodes._HoldGrads.backward))
             if not ordered:
-                monkeypatch.setattr(layer, "gate", gate_without_natives)
+                monkeypatch.setattr(layer, "hold_grads", hold_nothing)
             train(run, transform_model=watch)
         return sum(fired.values()), len(early)
 

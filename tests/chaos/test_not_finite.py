@@ -11,8 +11,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.placement.forward import Planned
 from support.chaos import SkewedRouting
 from support.layout import Layout
 from support.llep import EAGER, note_decisions
@@ -93,7 +93,7 @@ SPOILS = (
 def train_spoiled(spoil: Spoil, rank: int, value: float, llep=None):
     """Train one step; the result, with the MoE layer's output as observed."""
     outputs: list[torch.Tensor] = []
-    decisions: list[Decision] = []
+    decisions: list[Planned] = []
 
     def prepare(chunks):
         if llep is not None:

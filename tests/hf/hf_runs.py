@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from hf_models import SEQUENCE, make_tokens
 
-from megatron_llep.dispatcher import Decision
+from megatron_llep.placement.forward import Planned
 from support.llep import EAGER, note_decisions
 from support.ranks import run_ranks
 
@@ -122,7 +122,7 @@ def _look(chunks: list[torch.nn.Module]) -> HFRun:
     row = parallel_state.get_data_parallel_rank()
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         return HFRun(row, None, 0)
-    decisions: list[Decision] = []
+    decisions: list[Planned] = []
     note_decisions(chunks, decisions)
     positions = torch.arange(SEQUENCE)
     mask = positions[None, :] > positions[:, None]  # True where attention is not

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_llep import convert_model, no_lending, watch_loads
-from megatron_llep.dispatcher import Decision
+from megatron_llep.placement.forward import Planned
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
@@ -16,7 +16,7 @@ from support.training import Run, build_model, make_config, make_tokens
 RUN = Run(layout=Layout(ep=2), routing=Routing("hot"), config={"moe_router_dtype": "fp32"})
 
 
-def build(run: Run, decisions: list[Decision] | None = None) -> torch.nn.Module:
+def build(run: Run, decisions: list[Planned] | None = None) -> torch.nn.Module:
     """With LLEP where its decisions are asked for."""
     (model,) = build_model(make_config(run), run)
     if decisions is not None:
@@ -33,7 +33,7 @@ def forward(model: torch.nn.Module, run: Run, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("withholding", [(0, 1), (1,)], ids=["all", "one"])
 def test_nothing_is_lent_as_soon_as_one_rank_withholds(withholding):
     def work(rank, size):
-        decisions: list[Decision] = []
+        decisions: list[Planned] = []
         with use_layout(RUN.layout):
             expected = forward(build(RUN), RUN, rank)
             model = build(RUN, decisions)
@@ -59,7 +59,7 @@ def test_nothing_is_lent_as_soon_as_one_rank_withholds(withholding):
 
 def test_ends_with_an_error_inside():
     def work(rank, size):
-        decisions: list[Decision] = []
+        decisions: list[Planned] = []
         with use_layout(RUN.layout):
             model = build(RUN, decisions)
             with pytest.raises(KeyError), no_lending(model):
@@ -74,7 +74,7 @@ def test_ends_with_an_error_inside():
 def test_loads_are_those_of_the_plans_and_those_of_plain_megatron(layout):
     run = Run(layout=layout, routing=Routing("natural"))
 
-    def watch(rank: int, decisions: list[Decision] | None = None):
+    def watch(rank: int, decisions: list[Planned] | None = None):
         model = build(run, decisions)
         source = rank // layout.tp
         with torch.no_grad(), watch_loads(model) as loads:
@@ -86,7 +86,7 @@ def test_loads_are_those_of_the_plans_and_those_of_plain_megatron(layout):
         return loads.gather()
 
     def work(rank, size):
-        decisions: list[Decision] = []
+        decisions: list[Planned] = []
         with use_layout(layout):
             plain, lending = watch(rank), watch(rank, decisions)
         assert lending.before.shape == lending.after.shape == (3, 2)

@@ -14,9 +14,9 @@ from megatron.core.transformer.moe.moe_logging import (
 )
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.metrics import METRICS, LLEPMetricsTracker, record_plan
+from megatron_llep.placement.forward import Planned
 from megatron_llep.planner import imbalance_of, load_per_rank, plan_over_replicas
 from support.layout import Layout
 from support.llep import EAGER, assert_same_run, note_decisions
@@ -78,7 +78,7 @@ def compare_all(cases: Mapping[str, Case], timeout: float = 240) -> None:
 
 
 def compare(case: Case) -> None:
-    decisions: list[Decision] = []
+    decisions: list[Planned] = []
 
     def convert(chunks: Chunks) -> None:
         convert_model(chunks, case.llep)

@@ -14,11 +14,12 @@ from megatron_llep import dispatcher
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.placement import kernel, order_chunks, place_tokens
 from megatron_llep.placement.check import find_sum_error, has_indices
+from megatron_llep.placement.forward import Planned
 from megatron_llep.placement.rows import gather_rows, sum_rows
 from megatron_llep.planner import plan_over_replicas, sends, slot_of_expert
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
-from support.llep import EAGER
+from support.llep import EAGER, note_decisions
 from support.ranks import run_ranks
 
 TILE = kernel._TILE_TOKENS
@@ -146,9 +147,11 @@ def test_a_layer_equals_megatron(layout, overlap):
             plain, ours = (build_layer(layout, rank, 1.0, **shared) for _ in range(2))
             ours.load_state_dict(plain.state_dict())
             convert_model([ours], EAGER)
+            planned: list[Planned] = []
+            note_decisions([ours], planned)
             expected, found = run_layer(plain, rank, tokens), run_layer(ours, rank, tokens)
             for name, value in expected.items():
                 assert get_relative_difference(found[name], value) <= TOLERANCE, name
-            return ours.token_dispatcher.num_foreign
+            return planned[-1].plan.max_foreign
 
     assert all(run_ranks(work, layout.world_size))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.placement.forward import Placed, take
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER
@@ -37,15 +38,17 @@ def test_tokens_come_back(layout, pattern, apart):
             probs = torch.ones_like(probs) / layer.router.topk
             tokens, probs = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
             tokens, probs = dispatcher.token_dispatch(tokens, probs)
-            natives, foreign = dispatcher.num_native, dispatcher.num_foreign
+            placed = take(Placed, tokens)
+            natives, foreign = dispatcher.num_native, placed.plan.max_foreign
             parts = (natives, foreign) if apart else (natives + foreign,)
-            rows, per_slot = dispatcher.sort_by_slot(tokens, probs, parts)
+            rows = dispatcher.sort_by_slot(placed, tokens, probs, parts)
+            per_slot = placed.rows_per_slot.sum(dim=0)
             of_part = [int(each.sum()) for each in per_slot.split(parts)]
             assert [len(tokens) for tokens, _ in rows] == of_part
             assert [len(probs) for _, probs in rows] == of_part
             # Every expert-tensor-parallel rank adds its share.
             outputs = [tokens * probs.unsqueeze(-1) / layout.expert_tp for tokens, probs in rows]
-            output = dispatcher.sort_by_source(outputs, parts)
+            output = dispatcher.sort_by_source(placed, outputs, parts)
             output = dispatcher.combine_postprocess(dispatcher.token_combine(output))
             assert get_relative_difference(output, hidden) < 1e-6
 

@@ -18,9 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.lending import shared
+from megatron_llep.placement.forward import Planned
 from support.host_reads import HostReads, run_backward
 from support.layout import Layout, use_layout
-from support.llep import EAGER
+from support.llep import EAGER, note_decisions
 from support.ranks import run_ranks
 from support.routing import Routing, force_routing
 from support.training import Run, build_model, make_config
@@ -57,10 +58,12 @@ def test_one_read_a_forward(layout, config, foreign_weights, forwards):
         run = Run(layout=layout, routing=Routing("hot"), config=config)
         with use_layout(layout):
             layer = build_layer(run, replace(EAGER, foreign_weights=foreign_weights))
+            planned: list[Planned] = []
+            note_decisions([layer], planned)
             hidden = torch.randn(32, 2, layer.config.hidden_size, requires_grad=True)
             with HostReads([hidden, *layer.parameters(), *layer.buffers()]) as reads:
                 run_layer(layer, hidden)
-            assert layer.token_dispatcher.num_foreign > 0
+            assert planned[-1].plan.max_foreign > 0
             return reads.found, reads.collectives.count("_allgather_base_")
 
     for found, gathers in run_ranks(work, layout.world_size):
@@ -78,15 +81,15 @@ def test_counts_of_another_map_are_not_used():
         with use_layout(run.layout):
             layer = build_layer(run, EAGER)
             hidden = torch.randn(2, 8, 2, layer.config.hidden_size)
+            planned: list[Planned] = []
+            note_decisions([layer], planned)
             layer.route(hidden[0])
-            _, routing_map = layer.router(hidden[1])
-            decision = layer.token_dispatcher.decide(routing_map)
-            assert decision.counts[rank].tolist() == routing_map.sum(0).tolist()
-            _, routing_map = layer.route(hidden[0])
-            started = layer.token_dispatcher._counting
-            decision = layer.token_dispatcher.decide(routing_map)
-            assert decision.pairs is started[1]
-            assert decision.counts[rank].tolist() == routing_map.sum(0).tolist()
+            probs, routing_map = layer.router(hidden[1])
+            layer.preprocess(hidden[1], probs, routing_map)
+            assert planned[-1].counts[rank].tolist() == routing_map.sum(0).tolist()
+            probs, routing_map = layer.route(hidden[0])
+            layer.preprocess(hidden[0], probs, routing_map)
+            assert planned[-1].counts[rank].tolist() == routing_map.sum(0).tolist()
 
     run_ranks(work, 2)
 
@@ -165,8 +168,10 @@ def test_one_wait_a_forward_on_a_gpu(foreign_weights, monkeypatch):
     with be_one_of_two(monkeypatch), use_layout(run.layout):
         layer = build_layer(run, replace(EAGER, foreign_weights=foreign_weights)).cuda()
         hidden = torch.randn(64, 2, layer.config.hidden_size, device="cuda").requires_grad_()
+        planned: list[Planned] = []
+        note_decisions([layer], planned)
         run_layer(layer, hidden)  # compiles kernels, and takes memory
-        assert layer.token_dispatcher.num_foreign > 0
+        assert planned[-1].plan.max_foreign > 0
         waits = 0
         synchronize = torch.cuda.Event.synchronize
 

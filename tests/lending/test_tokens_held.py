@@ -50,9 +50,9 @@ def note_arrivals(dispatcher, held: list[int]) -> None:
         return tokens, *rest
 
     def sort_and_note(*args):
-        rows, per_slot = sort(*args)
+        rows = sort(*args)
         held.append(sum(len(tokens) for tokens, _ in rows))
-        return rows, per_slot
+        return rows
 
     dispatcher.dispatch_postprocess = arrive_and_note
     dispatcher.sort_by_slot = sort_and_note

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.placement.forward import Planned
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
 from support.ranks import run_ranks
@@ -80,7 +80,7 @@ def move(folder: Path, layout: Layout, other: Layout, saved_with_llep: bool) -> 
         saved.update(read_parts(chunks, layout))
         dist_checkpointing.save(chunks[0].sharded_state_dict(), str(folder))
 
-    decisions: list[Decision] = []
+    decisions: list[Planned] = []
 
     def use_llep(chunks: Chunks) -> None:
         if saved_with_llep:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.layer import LLEPMoELayer
+from megatron_llep.placement.forward import Planned
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
@@ -33,7 +33,7 @@ def compute_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def see_all_modes(rank: int, llep=None) -> list[torch.Tensor]:
     """Losses in evaluation, without gradients, and in training; then the weights' gradients."""
-    decisions: list[Decision] = []
+    decisions: list[Planned] = []
     with use_layout(RUN.layout):
         (model,) = build_model(make_config(RUN), RUN)
         if llep is not None:

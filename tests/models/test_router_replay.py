@@ -7,8 +7,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
-from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.placement.forward import Planned
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
@@ -33,7 +33,7 @@ def replay(run: Run, rank: int, target: list[torch.Tensor] | None, llep=None):
         The loss and all gradients, the recorded routing, and LLEP's decisions.
     """
     RouterReplay.clear_global_router_replay_instances()
-    decisions: list[Decision] = []
+    decisions: list[Planned] = []
     with use_layout(run.layout):
         (model,) = build_model(make_config(run), run)
         if llep is not None:

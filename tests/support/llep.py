@@ -1,12 +1,12 @@
 """Train with LLEP and see what was lent; compare with plain expert parallelism."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.dispatcher import Decision, LLEPTokenDispatcher
 from megatron_llep.integration.convert import convert_model, with_llep
 from megatron_llep.layer import LLEPMoELayer
+from megatron_llep.placement.forward import Planned
 from megatron_llep.planner import Plan
 from support.comparison import get_relative_difference
 from support.training import Chunks, Run, TrainResult, train
@@ -31,7 +31,7 @@ class Loans:
 
 def train_with_llep(run: Run, llep: LLEPConfig = EAGER, seam: Seam = "model") -> TrainResult:
     """As `train`, with LLEP switched on through one of its seams; `observed` holds the Loans."""
-    decisions: list[Decision] = []
+    decisions: list[Planned] = []
 
     def watch(chunks: Chunks) -> None:
         if seam == "model":
@@ -77,22 +77,12 @@ def assert_same_run(
             )
 
 
-def note_decisions(chunks: Chunks, decisions: list[Decision]) -> None:
+def note_decisions(chunks: Chunks, decisions: list[Planned]) -> None:
     """Append to `decisions` whatever the LLEP layers of the model decide from now on."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, LLEPMoELayer):
-                _note(module.token_dispatcher, decisions)
-
-
-def _note(dispatcher: LLEPTokenDispatcher, decisions: list[Decision]) -> None:
-    decide = dispatcher.decide
-
-    def decide_and_note(*args: Any, **kwargs: Any) -> Decision:
-        decisions.append(decide(*args, **kwargs))
-        return decisions[-1]
-
-    dispatcher.decide = decide_and_note
+                module.token_dispatcher.on_plan.append(decisions.append)
 
 
 def _sum_up(plans: list[Plan]) -> Loans:

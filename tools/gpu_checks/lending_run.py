@@ -23,7 +23,6 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.dispatcher import Decision
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.local_spec import build_local_block_spec
 from megatron_llep.layer import LLEPMoELayer
@@ -184,16 +183,9 @@ def _gate(gating: Callable, lowered: torch.Tensor, hidden: torch.Tensor) -> torc
 def _count_transfers(model: torch.nn.Module, plans: list[int]) -> None:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LLEPMoELayer)]
     for layer in layers:
-        dispatcher = layer.token_dispatcher
-        dispatcher.decide = functools.partial(_decide_and_count, dispatcher.decide, plans)
-
-
-def _decide_and_count(
-    decide: Callable[..., Decision], plans: list[int], *args: Any, **kwargs: Any
-) -> Decision:
-    decision = decide(*args, **kwargs)
-    plans.append(len(decision.plan.transfers))
-    return decision
+        layer.token_dispatcher.on_plan.append(
+            lambda planned: plans.append(len(planned.plan.transfers))
+        )
 
 
 def _reduce_gradients(wrapped: DistributedDataParallel) -> None:

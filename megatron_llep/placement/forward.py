@@ -1,0 +1,119 @@
+"""What one forward of one layer knows: the record that its steps hand on.
+
+Letters: T tokens of this rank, E experts, D replicas of each (1, unless tokens are spread over
+replicas), P ranks that share the tokens, M native and S foreign slots a rank, R = P * tp sources.
+
+    route        Routed   the routing, counts on their way to the host
+    preprocess   Planned  the plan, and the loan it asks for
+                 Placed   the order in which tokens are sent, and what comes back
+    dispatch, compute, combine, postprocess hand Placed on
+
+Layer and dispatcher keep settings only, so several forwards of a layer may be open at once.
+
+Megatron's steps hand on tensors and nothing else. So a record rides on a tensor that one step
+returns and the next one takes: on its storage, which is the same when a schedule detaches the
+tensor in between.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from megatron_llep.placement.counting import CountTable
+from megatron_llep.placement.pairs import Pairs, Placement
+from megatron_llep.planner import Plan
+
+if TYPE_CHECKING:
+    from megatron_llep.lending.loan import WeightLoan
+    from megatron_llep.lending.packing import Weights
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Routed:
+    """What is known when a layer's router has chosen."""
+
+    routing_map: torch.Tensor
+    """bool [T, E]."""
+    table: CountTable
+    """All ranks' counts, on their way to the host."""
+    pairs: Pairs
+    """This rank's, listed while the counts travel."""
+    place: str = "a layer"
+    """Which layer and micro-batch this is, in words."""
+    natives: "Sequence[Weights]" = ()
+    """M experts' weights."""
+    weight_waits: Sequence[Callable[[], object]] = ()
+    """To be called before the weights are read."""
+    shared_output: torch.Tensor | None = None
+    """[..., H] of shared experts that the layer computes beside the routed ones."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Planned(Routed):
+    """What all ranks know and have decided alike, before a layer's tokens move."""
+
+    counts: np.ndarray
+    """int64 [R, D * E], tokens from each source to each replica of each expert."""
+    load_before: np.ndarray
+    """int64 [P], tokens on each rank under plain expert parallelism."""
+    plan: Plan
+    """For D * E experts, M of them native to each rank."""
+    trainers: np.ndarray
+    """bool [R], which sources need gradients of their experts' weights."""
+    plan_seconds: float
+    loan: "WeightLoan | None" = None
+    """Of the experts that this rank lends and borrows; None where nothing is lent."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether some rank needs gradients of its experts' weights."""
+        return bool(self.trainers.any())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Placed(Planned):
+    """What the exchange of tokens needs, there and back. All sizes are on the host."""
+
+    placement: Placement
+    hidden_shape: torch.Size
+    """[..., H] of the layer's input, or of its latent form."""
+    probs_dtype: torch.dtype
+    sent: list[int]
+    """[P] rows to each rank."""
+    received: list[int]
+    """[P] rows from each rank."""
+    gathered: list[int]
+    """[tp] rows that each expert-tensor-parallel rank receives."""
+    rows_per_slot: torch.Tensor
+    """int64 [R, M + S] rows of each source for each slot; the sources are tp-major."""
+
+
+_RIDER = "megatron_llep_forward"
+
+
+def hand_on(record: Routed, tensor: torch.Tensor) -> None:
+    """Let the record ride on a tensor, until a step takes it."""
+    setattr(tensor.untyped_storage(), _RIDER, record)
+
+
+def find[Record: Routed](kind: type[Record], tensor: torch.Tensor) -> Record | None:
+    """The record that rides on a tensor, if there is one which knows as much as `kind`."""
+    record = getattr(tensor.untyped_storage(), _RIDER, None)
+    return record if isinstance(record, kind) else None
+
+
+def read[Record: Routed](kind: type[Record], tensor: torch.Tensor) -> Record:
+    """The record that rides on a tensor which the step before returned."""
+    record = find(kind, tensor)
+    assert record is not None, "a step was given other tensors than the step before it returned"
+    return record
+
+
+def take[Record: Routed](kind: type[Record], tensor: torch.Tensor) -> Record:
+    """As `read`, and take it off: what the record holds lives no longer than the forward."""
+    record = read(kind, tensor)
+    delattr(tensor.untyped_storage(), _RIDER)
+    return record
