@@ -152,7 +152,6 @@ class LLEPMoELayer(MoELayer):
         if not self.token_dispatcher.is_counting(routing_map):
             self._start_count(routing_map)
         self._decision = decision = self.token_dispatcher.decide(routing_map)
-        self.lendable.check_trainers(decision.trainers)
         natives, self._natives = self._natives, []
         parameter_hooks, self._parameter_hooks = self._parameter_hooks, []
         self._loan = None

@@ -28,7 +28,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.nn import functional
 
-from megatron_llep.experts.base import ApartExperts
+from megatron_llep.experts.base import LendableExperts
 from megatron_llep.experts.grouped_linear import ROW_BYTES, Groups, grouped_linear, spread_biases
 from megatron_llep.lending.packing import Weights
 
@@ -72,7 +72,7 @@ class GroupedMM(SequentialMLP):
         return output, None
 
 
-class LendableGroupedMM(ApartExperts):
+class LendableGroupedMM(LendableExperts):
     """One grouped GEMM per linear and direction over the natives, and one over foreign experts."""
 
     module_type = GroupedMM
