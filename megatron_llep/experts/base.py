@@ -62,7 +62,7 @@ class LendableExperts(ABC):
         return [
             partial(hook, submodule, ())
             for submodule in self.module.modules()
-            for hook in submodule._forward_pre_hooks.values()
+            for hook in find_gather_hooks(submodule)
         ]
 
     @abstractmethod
@@ -116,3 +116,16 @@ class LendableExperts(ABC):
         Returns:
             [n, H], each row weighted by its probability.
         """
+
+
+def find_gather_hooks(module: torch.nn.Module) -> list[Callable[..., object]]:
+    """The forward pre-hooks of Megatron's DDP on a module, which wait for its parameters.
+
+    Those alone: they look at no input, and there may be none to give. A hook of somebody else does
+    not expect to run without one.
+    """
+    return [
+        hook
+        for hook in module._forward_pre_hooks.values()
+        if (getattr(hook, "__module__", None) or "").startswith("megatron.core.distributed.")
+    ]
