@@ -6,7 +6,7 @@ F <= M foreign experts.
 TE's `GroupedLinear` finds its experts by name: weight0 to weight{num_gemms - 1}, biases likewise.
 Foreign experts are computed in a second call of the same module, and have these names for as long
 as it lasts, as plain attributes, which hide the parameters: `torch.nn.Module` looks for those last.
-So the module's state dict, parameters and hooks know nothing of them.
+So the module's state dict and parameters know nothing of them.
 
 Natives and foreign experts do not share a GEMM: TE launches one for each expert anyway, and natives
 need not wait for foreign weights then. Of what the two calls share:
