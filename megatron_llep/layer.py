@@ -144,7 +144,6 @@ class LLEPMoELayer(MoELayer):
         if find(Routed, routing_map) is None:
             hand_on(self._start_count(routing_map), routing_map)
         planned = self.token_dispatcher.plan(take(Routed, routing_map))
-        self.lendable.check_trainers(planned.trainers)
         loan = None if planned.plan.is_fallback else self._open_loan(planned)
         if loan is not None or (self._experts_are_reduced and planned.trains):
             hidden_states = hold_grads(

@@ -130,9 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--experts",
         nargs="+",
         choices=tuple(KINDS),
-        help="grouped GEMMs. grouped_mm: as LLEP runs torch's, natives and lent experts apart. "
-        "one_slab: torch's as well, together. te: Transformer Engine's, together, as LLEP runs "
-        "them. Default: grouped_mm, and te where it is installed",
+        help="grouped GEMMs. grouped_mm: torch's, te: Transformer Engine's, natives and lent "
+        "experts apart, as LLEP runs them. one_slab: torch's, together. Default: grouped_mm, and "
+        "te where it is installed",
     )
     parser.add_argument(
         "--cost-model",

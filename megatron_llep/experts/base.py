@@ -1,7 +1,8 @@
 """What LLEP asks of a layer's experts, whichever way they compute.
 
-Letters: n rows (tokens on this rank after dispatch, sorted by slot) of a part of the slots,
-H hidden size, M native slots, S foreign slots, F <= S foreign experts (other slots get no token).
+Letters: n rows (tokens on this rank after dispatch, sorted by slot) of the native or of the foreign
+slots, H hidden size, M native slots, S foreign slots, F <= S foreign experts (other slots get no
+token), F <= M.
 """
 
 from abc import ABC, abstractmethod
@@ -9,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from megatron_llep.lending.packing import Weights
@@ -24,14 +24,17 @@ rows are known."""
 
 
 class LendableExperts(ABC):
-    """A module of M native experts whose weights can be lent, and that can host foreign ones."""
+    """A module of M native experts whose weights can be lent, and that can host foreign ones.
+
+    Natives run as Megatron's module computes them, then foreign experts, on rows of their own. So
+    the transfer of foreign weights is hidden behind the natives in forward. In backward autograd
+    runs first what came last in forward: the return is hidden behind them as well.
+    """
 
     module_type: ClassVar[type[torch.nn.Module]]
     """Megatron's module of experts that this class lends; not its subclasses."""
     runs_in_fp8: ClassVar[bool] = False
     """Whether it quantises foreign experts as it does natives."""
-    trains_all_or_none: ClassVar[bool] = False
-    """Whether native and foreign experts of a rank can only train together."""
 
     def __init__(self, module: torch.nn.Module):
         self.module = module
@@ -51,26 +54,6 @@ class LendableExperts(ABC):
         """Whether any native weight needs a gradient."""
         return any(weight.requires_grad for weight in self.module.parameters())
 
-    def check_trainers(self, trainers: np.ndarray) -> None:
-        """Refuse frozen natives beside foreign experts that train, where GEMMs cannot do both.
-
-        At every forward, as experts may be frozen at any time; on all ranks alike.
-
-        Args:
-            trainers: bool [R], which of the sources of tokens train their experts.
-
-        Raises:
-            ValueError: says which are frozen, and the way out.
-        """
-        if self.trains_all_or_none and trainers.any() and not trainers.all():
-            raise ValueError(
-                f"--moe-llep: a layer's experts are frozen on ranks {np.flatnonzero(~trainers)} of "
-                f"the {len(trainers)} that share tokens, and trained on others, but "
-                f"{self.module_type.__name__} computes weight gradients of all of a rank's experts "
-                "or of none; freeze them on all of these ranks or on none, or use SequentialMLP "
-                "(without --moe-grouped-gemm)"
-            )
-
     def parameter_hooks(self) -> list[Callable[[], object]]:
         """The hooks by which `--overlap-param-gather` waits for a parameter's values.
 
@@ -79,48 +62,32 @@ class LendableExperts(ABC):
         return [
             partial(hook, submodule, ())
             for submodule in self.module.modules()
-            for hook in submodule._forward_pre_hooks.values()
+            for hook in find_gather_hooks(submodule)
         ]
 
     @abstractmethod
     def weights(self) -> list[Weights]:
         """M tuples of parameters, alike in order, shapes and dtype."""
 
-    @abstractmethod
-    def parts(self, num_foreign_slots: int) -> tuple[int, ...]:
-        """How many slots, of M + S, each tensor of rows covers that `compute` wants, in order."""
-
-    @abstractmethod
-    def compute(
-        self, rows: Sequence[Rows], tokens_per_slot: torch.Tensor, borrow: Borrow
-    ) -> list[torch.Tensor]:
-        """Run M native and F foreign experts on their tokens.
-
-        Args:
-            rows: of each of the `parts`.
-            tokens_per_slot: int [M + S] on the host; slots beyond M + F hold no expert.
-            borrow: called once, when foreign weights are needed and no earlier.
-
-        Returns:
-            [n, H] for each part, each row weighted by its probability.
-        """
-
-
-class ApartExperts(LendableExperts):
-    """Natives as Megatron's module computes them, then foreign experts, on rows of their own.
-
-    So the transfer of foreign weights is hidden behind the natives in forward. In backward
-    autograd runs first what came last in forward: the return is hidden behind them as well.
-    """
-
-    def parts(self, num_foreign_slots: int) -> tuple[int, ...]:
-        """Natives, foreign slots."""
+    def parts(self, num_foreign_slots: int) -> tuple[int, int]:
+        """How many slots each tensor of rows covers that `compute` wants: M, then S."""
         return (self.num_native, num_foreign_slots)
 
     def compute(
         self, rows: Sequence[Rows], tokens_per_slot: torch.Tensor, borrow: Borrow
     ) -> list[torch.Tensor]:
-        """Natives, which run even on no rows: their gradient hooks must fire on every rank."""
+        """Run M native and F foreign experts on their tokens.
+
+        Natives run even on no rows: their gradient hooks must fire on every rank.
+
+        Args:
+            rows: of the natives, and of the foreign experts.
+            tokens_per_slot: int [M + S] on the host; slots beyond M + F hold no expert.
+            borrow: called once, when foreign weights are needed and no earlier.
+
+        Returns:
+            [n, H] of the natives, and of the foreign experts, each row weighted by its probability.
+        """
         (hidden, probs), (foreign_hidden, foreign_probs) = rows
         native, _ = self.module(hidden, tokens_per_slot[: self.num_native], probs)
         foreign_hidden, foreign = borrow(foreign_hidden)
@@ -149,3 +116,16 @@ class ApartExperts(LendableExperts):
         Returns:
             [n, H], each row weighted by its probability.
         """
+
+
+def find_gather_hooks(module: torch.nn.Module) -> list[Callable[..., object]]:
+    """The forward pre-hooks of Megatron's DDP on a module, which wait for its parameters.
+
+    Those alone: they look at no input, and there may be none to give. A hook of somebody else does
+    not expect to run without one.
+    """
+    return [
+        hook
+        for hook in module._forward_pre_hooks.values()
+        if (getattr(hook, "__module__", None) or "").startswith("megatron.core.distributed.")
+    ]

@@ -28,7 +28,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.nn import functional
 
-from megatron_llep.experts.base import ApartExperts
+from megatron_llep.experts.base import LendableExperts, find_gather_hooks
 from megatron_llep.experts.grouped_linear import ROW_BYTES, Groups, grouped_linear, spread_biases
 from megatron_llep.lending.packing import Weights
 
@@ -72,7 +72,7 @@ class GroupedMM(SequentialMLP):
         return output, None
 
 
-class LendableGroupedMM(ApartExperts):
+class LendableGroupedMM(LendableExperts):
     """One grouped GEMM per linear and direction over the natives, and one over foreign experts."""
 
     module_type = GroupedMM
@@ -218,7 +218,7 @@ def _use_weights(expert: MLP) -> Weights:
     their parameters.
     """
     for linear in (expert.linear_fc1, expert.linear_fc2):
-        for hook in linear._forward_pre_hooks.values():
+        for hook in find_gather_hooks(linear):
             hook(linear, ())
     return _get_weights(expert)
 

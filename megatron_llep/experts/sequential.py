@@ -10,11 +10,11 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.func import functional_call
 
-from megatron_llep.experts.base import ApartExperts
+from megatron_llep.experts.base import LendableExperts
 from megatron_llep.lending.packing import Weights
 
 
-class LendableSequentialMLP(ApartExperts):
+class LendableSequentialMLP(LendableExperts):
     """A loop over experts; natives run as Megatron runs them."""
 
     module_type = SequentialMLP

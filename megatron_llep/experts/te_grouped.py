@@ -1,13 +1,22 @@
-"""Experts in Transformer Engine's grouped GEMMs: `TEGroupedMLP`, natives and foreign together.
+"""Experts in Transformer Engine's grouped GEMMs: `TEGroupedMLP`, natives, then foreign experts.
 
-Letters: n rows (tokens on this rank after dispatch, sorted by slot), H hidden size, M native slots,
-F foreign experts (F <= S foreign slots; the other slots get no token).
+Letters: n rows (tokens on this rank after dispatch, sorted by slot), H hidden size, M native and
+F <= M foreign experts.
 
 TE's `GroupedLinear` finds its experts by name: weight0 to weight{num_gemms - 1}, biases likewise.
-While foreign experts are hosted they have the next names, as plain attributes, and `num_gemms` is
-M + F. So they take part in every GEMM, quantiser and bias, forward and backward, but are no
-parameters and in no state dict. TE reads from weight0 whether weights need gradients and how they
-are accumulated: natives come first.
+Foreign experts are computed in a second call of the same module, and have these names for as long
+as it lasts, as plain attributes, which hide the parameters: `torch.nn.Module` looks for those last.
+So the module's state dict and parameters know nothing of them.
+
+Natives and foreign experts do not share a GEMM: TE launches one for each expert anyway, and natives
+need not wait for foreign weights then. Of what the two calls share:
+
+- The quantisers of natives serve foreign experts, which are never more. Natives run first, so they
+  are there. Those of the recipes that LLEP supports remember nothing; TE uses them for all
+  micro-batches in flight.
+- The cache of quantised weights is the natives': `is_first_microbatch=None`, by which TE knows that
+  it must neither read nor fill it, and must add to `main_grad`, not write over it.
+- Recomputed activations: what recomputes them hangs on the output of its own call.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,19 +27,15 @@ import torch
 from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
-from megatron_llep.experts.base import Borrow, LendableExperts, Rows
+from megatron_llep.experts.base import LendableExperts
 from megatron_llep.lending.packing import Weights
-
-# What TE makes for each GEMM in forward: quantisers of input, weight and output.
-_QUANTIZERS_PER_GEMM = 3
 
 
 class LendableTEGroupedMLP(LendableExperts):
-    """One grouped GEMM per linear and direction, over native and foreign experts."""
+    """One grouped GEMM per linear and direction over the natives, and one over foreign experts."""
 
     module_type = TEGroupedMLP
     runs_in_fp8 = True
-    trains_all_or_none = True  # TE looks at weight0
 
     def __init__(self, module: TEGroupedMLP):
         """See the class.
@@ -59,75 +64,45 @@ class LendableTEGroupedMLP(LendableExperts):
             for expert in range(self.num_native)
         ]
 
-    def parts(self, num_foreign_slots: int) -> tuple[int, ...]:
-        """All slots together."""
-        return (self.num_native + num_foreign_slots,)
-
-    def compute(
-        self, rows: Sequence[Rows], tokens_per_slot: torch.Tensor, borrow: Borrow
-    ) -> list[torch.Tensor]:
-        """Run M native and F foreign experts on their tokens: [n, H] -> [n, H]."""
-        ((hidden, probs),) = rows
-        hidden, foreign = borrow(hidden)
-        tokens = tokens_per_slot[: self.num_native + len(foreign)]
-        assert int(tokens.sum()) == len(hidden), "tokens sent to an empty slot"
+    def compute_foreign(
+        self,
+        hidden: torch.Tensor,
+        probs: torch.Tensor,
+        tokens: Sequence[int],
+        foreign: Sequence[Weights],
+    ) -> torch.Tensor:
+        """Run F foreign experts on their tokens: [n, H] -> [n, H]."""
         with self._host(foreign):
-            output, _ = self.module(hidden, tokens, probs)
-        return [output]
+            # Not the module itself: its hooks ran for the natives, once as in plain Megatron.
+            output, _ = self.module.forward(hidden, torch.tensor(tokens), probs)
+        return output
 
     @contextmanager
-    def _host(self, foreign: list[Weights]) -> Iterator[None]:
-        """Let the module compute M + F experts while this lasts."""
-        num_slots = self.num_native + len(foreign)
-        slots = range(self.num_native, num_slots)
-        remaining = [iter(weights) for weights in foreign]
+    def _host(self, foreign: Sequence[Weights]) -> Iterator[None]:
+        """Let the module compute F foreign experts, and no others, while this lasts."""
+        assert len(foreign) <= self.num_native, "more foreign experts than quantisers"
+        tensors = zip(*foreign, strict=True)  # of all experts, in the order of `weights`
         with ExitStack() as stack:
             for name in ("quantization_padding", "quantization_unpadding"):
                 if hasattr(self.module, name):
                     padding = getattr(self.module, name)
-                    stack.enter_context(_attributes(padding, num_gemms=num_slots))
+                    stack.enter_context(_attributes(padding, num_gemms=len(foreign)))
             for linear in self._linears:
-                # Without biases TE still wants something under their names.
-                named = {f"bias{slot}": linear.bias0 for slot in slots}
-                for kind in _parameter_kinds(linear):
-                    for slot, weights in zip(slots, remaining, strict=True):
-                        named[f"{kind}{slot}"] = next(weights)
-                self._forget_cached_weights(linear)
-                self._make_quantizers(linear)
-                # Without that cache TE is passed is_first_microbatch=None: it adds to main_grad,
-                # which may hold gradients that came home, and quantises every weight afresh.
+                named = {
+                    f"{kind}{slot}": tensor
+                    for kind in _parameter_kinds(linear)
+                    for slot, tensor in enumerate(next(tensors))
+                }
+                # Without that cache TE is passed is_first_microbatch=None: see above.
                 stack.enter_context(
                     _attributes(
                         linear,
-                        num_gemms=num_slots,
+                        num_gemms=len(foreign),
                         disable_parameter_transpose_cache=True,
                         **named,
                     )
                 )
             yield
-
-    def _forget_cached_weights(self, linear: torch.nn.Module) -> None:
-        """Drop FP8 weights of the step before, if this is the first forward of a step.
-
-        Megatron has its linears renew them then, and a lending forward, which uses none, takes the
-        place of that forward: a later one of the same step would find the old ones.
-        """
-        if linear.is_first_microbatch:
-            linear._fp8_workspaces.clear()
-
-    def _make_quantizers(self, linear: torch.nn.Module) -> None:
-        """Make the quantisers of as many slots as there can ever be, where FP8 is on.
-
-        TE makes them at a linear's first FP8 forward, for the experts it has then, and not again.
-        Not just for the slots of now: a recomputed forward must find them made.
-        """
-        most = 2 * self.num_native
-        made = len(linear.quantizers["scaling_fwd"])
-        if not self.module.config.fp8 or made >= most * _QUANTIZERS_PER_GEMM:
-            return
-        linear.fp8_initialized = linear.fp8_meta_tensors_initialized = False
-        with _attributes(linear, num_gemms=most):
-            linear.init_fp8_metadata(num_gemms=most)  # does nothing where FP8 is off
 
 
 def _parameter_kinds(linear: torch.nn.Module) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_llep.planner.cost.picoseconds import to_picoseconds
 from megatron_llep.planner.exact import exact_moves
 from megatron_llep.planner.plan import Plan, PlanMove, plan_from_moves
 from megatron_llep.planner.tolerant import tolerant_moves
@@ -29,6 +30,7 @@ def choose_plan(
 ) -> Plan:
     """Of plain expert parallelism, `tolerant` and `exact`, the one with the least predicted time.
 
+    Times are compared in whole nanoseconds, which are the same on every CPU, so ranks choose alike.
     Among equals the one that was tried first, with fewer transfers. Nothing is tried where even
     perfect balance would save less than planning and placing cost.
 
@@ -42,10 +44,12 @@ def choose_plan(
     """
     best = plan_from_moves(loads, rank_loads, [])
     time = cost.predict(best, counts, topology)
-    surplus = 1 - 1 / best.imbalance_before
-    if surplus * (time.compute + time.exchange) <= cost.model.planning_seconds:
+    # (1 - mean / largest load) of that time is all that balance can save.
+    slowest = len(rank_loads) * max(rank_loads)
+    saved = to_picoseconds(time.compute + time.exchange) * (slowest - sum(rank_loads))
+    if saved <= to_picoseconds(cost.model.planning_seconds) * slowest:
         return best
-    least = time.total
+    least = time.nanoseconds
     tried: list[list[PlanMove]] = [[]]
     for tolerance in (*TOLERANCES, None):
         if tolerance is None:
@@ -58,7 +62,7 @@ def choose_plan(
             continue
         tried.append(moves)
         plan = plan_from_moves(loads, rank_loads, moves)
-        seconds = cost.predict(plan, counts, topology).total
-        if seconds < least:
-            best, least = plan, seconds
+        needed = cost.predict(plan, counts, topology).nanoseconds
+        if needed < least:
+            best, least = plan, needed
     return best

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.activations import squared_relu
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.moe.experts import SequentialMLP
 
@@ -241,11 +242,19 @@ def test_a_parameter_whose_gradient_ddp_must_add_itself():
 
 
 def test_hooks_that_wait_for_parameters_run():
+    """Those of Megatron's DDP on linears, which are not called; no others, which read an input."""
+
     def work():
         _, grouped = build_both()
         waited = []
         for name, module in grouped.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: waited.append(name))
+
+            def wait(module, *unused, name=name):
+                waited.append(name)
+
+            wait.__module__ = DistributedDataParallel.__module__
+            module.register_forward_pre_hook(wait)
+            module.register_forward_pre_hook(lambda module, args: args[0].shape and None)
         run(grouped, SIZES[0])
         assert {name for name in waited if name.endswith(("linear_fc1", "linear_fc2"))} == {
             f"local_experts.{i}.linear_fc{j}" for i in range(G) for j in (1, 2)

@@ -19,26 +19,31 @@ NATIVES, NATIVES_BACK, SHARED = "natives", "natives, backward", "shared experts"
 
 
 def name_steps(rank, size, llep):
-    """LLEP's ranges, and the backward of token exchanges, in the order in which they begin."""
+    """The steps of a layer that lends in every way at once."""
     with use_layout(Layout(ep=4)), pytest.MonkeyPatch.context() as monkeypatch:
         use_spread_experts(monkeypatch)
         layer = build_layer(Layout(ep=4), rank, 0.0, moe_shared_expert_intermediate_size=16)
         convert_model([layer], llep)
-        layer.experts.register_forward_hook(mark_natives)
-        layer.shared_experts.register_forward_hook(mark_shared)
         generator = torch.Generator().manual_seed(rank)
         hidden = torch.rand(T, 1, H, generator=generator, dtype=torch.float64, requires_grad=True)
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            output, _ = layer(hidden)
-            output.sum().backward()
-        names = (TOKENS_BACK, NATIVES, NATIVES_BACK, SHARED)
-        found = [
-            event
-            for event in profiled.events()
-            if event.name.startswith("llep/") or event.name in names
-        ]
-        found.sort(key=lambda event: event.time_range.start)
-        return [event.name.removeprefix("llep/") for event in found]
+        return list_steps(layer, hidden)
+
+
+def list_steps(layer, hidden):
+    """LLEP's ranges, and the backward of token exchanges, in the order in which they begin."""
+    layer.experts.register_forward_hook(mark_natives)
+    layer.shared_experts.register_forward_hook(mark_shared)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        output, _ = layer(hidden)
+        output.sum().backward()
+    names = (TOKENS_BACK, NATIVES, NATIVES_BACK, SHARED)
+    found = [
+        event
+        for event in profiled.events()
+        if event.name.startswith("llep/") or event.name in names
+    ]
+    found.sort(key=lambda event: event.time_range.start)
+    return [event.name.removeprefix("llep/") for event in found]
 
 
 def mark_shared(*_):
@@ -63,26 +68,30 @@ FORWARD = ["count.start", SHARED, "count.wait", "plan", "lend.start", "place", "
 FORWARD += ["lend.next", "experts", NATIVES, "lend.wait", "combine"]
 
 
-@pytest.mark.parametrize("foreign_weights", ["keep", "refetch"])
-@pytest.mark.parametrize("scatter_from", [0, 2])
-def test_order(foreign_weights, scatter_from):
-    llep = replace(EAGER, foreign_weights=foreign_weights, scatter_from=scatter_from)
+def order_backward(llep):
+    """What follows `FORWARD`."""
     # A token exchange has two of these nodes: of the tokens and of their probabilities.
     combine, dispatch = [TOKENS_BACK], [TOKENS_BACK] * 2
-    fetch_again = foreign_weights == "refetch"
-    backward = [
+    fetch_again = llep.foreign_weights == "refetch"
+    return [
         *(["lend.start"] if fetch_again else []),
         *combine,
         *(["lend.wait"] if fetch_again else []),
         "return.start",
         NATIVES_BACK,
         *dispatch,
-        *(["return.next"] if scatter_from else []),
+        *(["return.next"] if llep.scatter_from else []),
         "return.wait",
     ]
+
+
+@pytest.mark.parametrize("foreign_weights", ["keep", "refetch"])
+@pytest.mark.parametrize("scatter_from", [0, 2])
+def test_order(foreign_weights, scatter_from):
+    llep = replace(EAGER, foreign_weights=foreign_weights, scatter_from=scatter_from)
     for steps in run_ranks(name_steps, 4, llep):
         assert steps[: len(FORWARD)] == FORWARD
-        assert steps[len(FORWARD) :] == backward
+        assert steps[len(FORWARD) :] == order_backward(llep)
 
 
 def test_no_range_without_a_profiler(monkeypatch):

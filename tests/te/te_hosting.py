@@ -14,6 +14,7 @@ from support.training import Run, make_config
 NATIVE = 3
 TOKENS = (5, 0, 7, 3, 12)
 """By expert: natives, then foreign ones."""
+ROWS = [sum(TOKENS[:NATIVE]), sum(TOKENS[NATIVE:])]
 SLOTS = 2 * NATIVE
 
 
@@ -45,14 +46,13 @@ class Modules:
         foreign = _copy_into_one_buffer(everyone[NATIVE:], config.gradient_accumulation_fusion)
         return cls(whole, module, foreign, lendable)
 
-    def compute(
-        self, hidden: torch.Tensor, probs: torch.Tensor, per_slot: torch.Tensor
-    ) -> torch.Tensor:
+    def compute(self, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         """Natives and foreign experts, as a layer that borrowed them has it done."""
-        (output,) = self.lendable.compute(
-            [(hidden, probs)], per_slot, lambda hidden: (hidden, self.foreign)
+        per_slot = torch.tensor(TOKENS + (0,) * (SLOTS - len(TOKENS)))
+        rows = list(zip(hidden.split(ROWS), probs.split(ROWS), strict=True))
+        return torch.cat(
+            self.lendable.compute(rows, per_slot, lambda hidden: (hidden, self.foreign))
         )
-        return output
 
     def gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Of all weights: as the module of M + F has them, and as host and foreign experts do."""
@@ -88,16 +88,28 @@ def _gradient(weight: torch.Tensor) -> torch.Tensor:
 
 def run_both(modules: Modules, config: TransformerConfig) -> list[tuple[torch.Tensor, ...]]:
     """Forward and backward of both; pairs that must be equal: outputs, then inputs' gradients."""
+    return run_micro_batches(modules, config, 1)
+
+
+def run_micro_batches(
+    modules: Modules, config: TransformerConfig, micro_batches: int
+) -> list[tuple[torch.Tensor, ...]]:
+    """As `run_both`: all forwards, then all backwards in the same order, as in a pipeline."""
     device, dtype = next(modules.module.parameters()).device, config.params_dtype
     size = (sum(TOKENS), config.hidden_size)
-    hidden = torch.randn(size, device=device, dtype=dtype)
-    grad = torch.randn(size, device=device, dtype=dtype)
-    probs = torch.rand(sum(TOKENS), device=device)
-    ours, theirs = ([x.clone().requires_grad_() for x in (hidden, probs)] for _ in range(2))
-    with get_fp8_context(config):
-        expected, _ = modules.whole(theirs[0], torch.tensor(TOKENS), theirs[1])
-        per_slot = torch.tensor(TOKENS + (0,) * (SLOTS - len(TOKENS)))
-        output = modules.compute(*ours, per_slot)
-    expected.backward(grad)
-    output.backward(grad)
-    return [(output, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
+    pairs, pending = [], []
+    for _ in range(micro_batches):
+        hidden = torch.randn(size, device=device, dtype=dtype)
+        probs = torch.rand(sum(TOKENS), device=device)
+        ours, theirs = ([x.clone().requires_grad_() for x in (hidden, probs)] for _ in range(2))
+        with get_fp8_context(config):
+            expected, _ = modules.whole(theirs[0], torch.tensor(TOKENS), theirs[1])
+            output = modules.compute(*ours)
+        pending.append((output, ours, expected, theirs))
+    for output, ours, expected, theirs in pending:
+        grad = torch.randn(size, device=device, dtype=dtype)
+        expected.backward(grad)
+        output.backward(grad)
+        pairs.append((output, expected))
+        pairs += [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)]
+    return pairs

@@ -12,7 +12,7 @@ pytest.importorskip("transformer_engine.pytorch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 from gpu_checks import lending_run
-from gpu_checks.experts import Slab, run_together
+from gpu_checks.experts import Slab, run_apart
 from gpu_checks.lending_run import Kind, ModelSize
 from gpu_checks.te_experts import TransformerEngineExperts
 
@@ -25,11 +25,11 @@ TOKENS, NATIVE, H, F = [3, 0, 5, 1, 0], 3, 16, 8
 
 
 def test_the_critical_path_computes_what_torch_does(gemms):
-    """In one grouped GEMM per linear and direction, twice, on the slab's own memory."""
+    """Natives and lent experts in a grouped GEMM each, twice, on the slab's own memory."""
     generator = torch.Generator().manual_seed(1)
     rows, grad = (torch.randn(sum(TOKENS), H, generator=generator) for _ in range(2))
     found = []
-    for experts in (TransformerEngineExperts(), run_together):
+    for experts in (TransformerEngineExperts(), run_apart):
         slab = Slab.allocate(
             slots=len(TOKENS), hidden=H, ffn=F, dtype=torch.float32, device=torch.device("cpu")
         )
@@ -37,7 +37,7 @@ def test_the_critical_path_computes_what_torch_does(gemms):
             outputs, backward = experts(slab, rows, TOKENS, NATIVE)
             grads = backward(grad.clone())
         found.append([*outputs, *grads, slab.fc1_grad, slab.fc2_grad])
-    assert len(gemms) == 2 * 6
+    assert len(gemms) == 2 * 2 * 6
     for ours, theirs in zip(*found, strict=True):
         assert theirs.abs().sum() > 0
         torch.testing.assert_close(ours, theirs)

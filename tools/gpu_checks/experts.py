@@ -73,7 +73,7 @@ Experts = Callable[[Slab, torch.Tensor, list[int], int], tuple[Outputs, Backward
 def run_apart(
     slab: Slab, rows: torch.Tensor, tokens: list[int], num_native: int
 ) -> tuple[Outputs, Backward]:
-    """As LLEP computes the experts of a `SequentialMLP`: natives, then lent ones if there are."""
+    """As LLEP computes experts: natives, then lent ones if there are."""
     natives, lent = slice(num_native), slice(num_native, None)
     return _run_grouped_mm(slab, rows, tokens, [natives, lent][: 1 + bool(tokens[lent])])
 
@@ -81,7 +81,7 @@ def run_apart(
 def run_together(
     slab: Slab, rows: torch.Tensor, tokens: list[int], num_native: int
 ) -> tuple[Outputs, Backward]:
-    """Natives and lent experts in one GEMM, as they share one on Transformer Engine."""
+    """Natives and lent experts in one GEMM: what sharing one would gain."""
     return _run_grouped_mm(slab, rows, tokens, [slice(None)])
 
 

@@ -2,8 +2,9 @@
 
 Shape letters as in experts.py.
 
-One `GroupedLinear` per linear holds native and foreign slots alike; its backward adds the weight
-gradients to the slab's fp32 buffers (fuse_wgrad_accumulation).
+As LLEP runs it, natives first, then lent experts, each in a call of its own per linear. A
+`GroupedLinear` holds either; its backward adds the weight gradients to the slab's fp32 buffers
+(fuse_wgrad_accumulation).
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from gpu_checks.experts import Activation, Backward, Outputs, Slab
 
 
 class TransformerEngineExperts:
-    """An `Experts` callable; its modules are made once for each slab."""
+    """An `Experts` callable; its modules are made once for each part of a slab."""
 
     def __init__(self) -> None:
         import transformer_engine.pytorch as te
@@ -26,23 +27,28 @@ class TransformerEngineExperts:
         self, slab: Slab, rows: torch.Tensor, tokens: list[int], num_native: int
     ) -> tuple[Outputs, Backward]:
         """Forward, and the backward to it."""
-        fc1, fc2 = self._get_modules(slab)
-        leaf = rows.detach().requires_grad_()
-        output = fc2(Activation.apply(fc1(leaf, tokens)), tokens)
+        parts = [slice(num_native), slice(num_native, None)][: 1 + bool(tokens[num_native:])]
+        sizes = [sum(tokens[part]) for part in parts]
+        leaves = [each.detach().requires_grad_() for each in rows.split(sizes)]
+        outputs = []
+        for part, leaf in zip(parts, leaves, strict=True):
+            fc1, fc2 = self._get_modules(slab, part)
+            outputs.append(fc2(Activation.apply(fc1(leaf, tokens[part])), tokens[part]))
 
         def backward(grad: torch.Tensor) -> Outputs:
-            output.backward(grad)
-            assert leaf.grad is not None
-            return [leaf.grad]
+            for output, part in reversed(list(zip(outputs, grad.split(sizes), strict=True))):
+                output.backward(part)
+            return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-        return [output], backward
+        return outputs, backward
 
-    def _get_modules(self, slab: Slab) -> tuple[torch.nn.Module, torch.nn.Module]:
-        key = (slab.fc1.data_ptr(), len(slab.fc1))
+    def _get_modules(self, slab: Slab, part: slice) -> tuple[torch.nn.Module, torch.nn.Module]:
+        fc1, fc2 = slab.fc1[part], slab.fc2[part]
+        key = (fc1.data_ptr(), len(fc1))
         if key not in self._modules:
             self._modules[key] = (
-                self._wrap(slab.fc1, slab.fc1_grad),
-                self._wrap(slab.fc2, slab.fc2_grad),
+                self._wrap(fc1, slab.fc1_grad[part]),
+                self._wrap(fc2, slab.fc2_grad[part]),
             )
         return self._modules[key]
 

@@ -14,6 +14,9 @@ backward), so each counts with its slowest rank, and they add up:
   beside a token exchange; in two exchanges, one after the other, if some go in shards. Running them
   at once with tokens saves time where one uses what the other leaves free, such as the other
   direction of a link; `overlap` is the share of that which is saved.
+
+Ranks on unlike CPUs must predict the same: times are rounded to whole picoseconds before those of
+several ranks, links or steps are added or compared.
 """
 
 import dataclasses
@@ -27,6 +30,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_llep.lending.fan_out import SCATTER_FROM
+from megatron_llep.planner.cost.picoseconds import (
+    PER_SECOND,
+    all_to_picoseconds,
+    to_picoseconds,
+)
 from megatron_llep.planner.cost.traffic import LinkLoad, count_lending, count_tokens
 
 if TYPE_CHECKING:  # the planners import this module
@@ -115,6 +123,11 @@ class LayerTime:
         """The layer's seconds."""
         return self.compute + self.exchange + self.lending + self.returning + self.planning
 
+    @property
+    def nanoseconds(self) -> int:
+        """The same, whole, for comparisons that must come out alike on every CPU."""
+        return round(self.total * 10**9)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
@@ -170,39 +183,27 @@ class CostModel:
             topology: which ranks share a node.
         """
         pairs = count_tokens(plan, counts, topology)
-        tokens = self._busy_seconds(pairs, shape.token_bytes)
+        tokens = self._time_links(pairs, shape.token_bytes)
         load = plan.load_per_rank_after
-        copied = self._copy_seconds(counts.sum(axis=1) + load, shape.token_bytes)
-        exchange = float((copied + tokens.max(axis=(0, 1))).max())
-        exchange += self._start_seconds(pairs > 0)
-        lending = returning = planning = 0.0
+        copied = self._time_copies(counts.sum(axis=1) + load, shape.token_bytes)
+        exchange = int((copied + tokens.max(axis=(0, 1))).max())
+        exchange += self._time_starts(pairs > 0)
+        lending = returning = planning = 0
         if not plan.is_fallback:
             traffic = count_lending(plan, shape.expert_weights, shape.scatter_from, topology)
             lending = self._time_transfers(traffic, shape.bytes_per_element, tokens)
             if shape.refetch:  # again, beside the backward of combine
                 lending *= 2
             returning = self._time_transfers(traffic, shape.bytes_per_gradient, tokens)
-            planning = self.planning_seconds
+            planning = to_picoseconds(self.planning_seconds)
+        compute = self._time_compute(load, (plan.quota > 0).sum(axis=0), shape)
         return LayerTime(
-            compute=self.predict_compute(load, (plan.quota > 0).sum(axis=0), shape),
-            exchange=EXCHANGES * exchange,
-            lending=lending,
-            returning=returning,
-            planning=planning,
+            compute=compute / PER_SECOND,
+            exchange=EXCHANGES * exchange / PER_SECOND,
+            lending=lending / PER_SECOND,
+            returning=returning / PER_SECOND,
+            planning=planning / PER_SECOND,
         )
-
-    def predict_compute(self, load: np.ndarray, slots: np.ndarray, shape: LayerShape) -> float:
-        """Seconds of the experts' GEMMs on the slowest rank, forward and backward.
-
-        Args:
-            load: [P] pairs each rank computes.
-            slots: [P] experts each rank has pairs of.
-            shape: of the layer.
-        """
-        seconds_per_token = shape.flops_per_token / self.flops_per_second
-        per_slot = self.half_rate_tokens * seconds_per_token + self.gemm_overhead_seconds
-        forward = float((load * seconds_per_token + slots * per_slot).max())
-        return forward * (1 + self.backward_factor)
 
     def break_even_tokens(self, shape: LayerShape, link: Link) -> float:
         """Tokens of a lent expert above which lending pays even where none of it is hidden.
@@ -213,37 +214,54 @@ class CostModel:
         seconds_per_token = shape.flops_per_token / self.flops_per_second
         return crossing / link.bytes_per_second / (seconds_per_token * (1 + self.backward_factor))
 
-    def _busy_seconds(self, things: np.ndarray, size: float) -> np.ndarray:
-        """[L, 2, P] seconds that each link is busy with so many things of `size` bytes."""
+    def _time_compute(self, load: np.ndarray, slots: np.ndarray, shape: LayerShape) -> int:
+        """Picoseconds of the experts' GEMMs on the slowest rank, forward and backward.
+
+        Args:
+            load: [P] pairs each rank computes.
+            slots: [P] experts each rank has pairs of.
+            shape: of the layer.
+        """
+        seconds_per_token = shape.flops_per_token / self.flops_per_second
+        per_slot = self.half_rate_tokens * seconds_per_token + self.gemm_overhead_seconds
+        forward = all_to_picoseconds(load * seconds_per_token)
+        forward += all_to_picoseconds(slots * per_slot)
+        return round(int(forward.max()) * (1 + self.backward_factor))
+
+    def _time_links(self, things: np.ndarray, size: float) -> np.ndarray:
+        """[L, 2, P] picoseconds that each link is busy with so many things of `size` bytes."""
         links = (self.intra_node, self.inter_node)[: len(things)]
-        return things * np.array([size / link.bytes_per_second for link in links])[:, None, None]
+        rates = np.array([size / link.bytes_per_second for link in links])
+        return all_to_picoseconds(things * rates[:, None, None])
 
-    def _copy_seconds(self, things: np.ndarray, size: float) -> np.ndarray:
-        """[P] seconds to copy things [P] of `size` bytes at one end of an exchange."""
-        return things * (size / self.copy_bytes_per_second)
+    def _time_copies(self, things: np.ndarray, size: float) -> np.ndarray:
+        """[P] picoseconds to copy things [P] of `size` bytes at one end of an exchange."""
+        return all_to_picoseconds(things * (size / self.copy_bytes_per_second))
 
-    def _start_seconds(self, things: np.ndarray) -> float:
+    def _time_starts(self, things: np.ndarray) -> int:
         """Latency of things [L, 2, P], which a rank starts one after another; the most."""
         links = (self.intra_node, self.inter_node)[: len(things)]
         most = things.reshape(len(things), -1).max(axis=1).tolist()
-        return max(n * link.latency_seconds for n, link in zip(most, links, strict=True))
+        return max(
+            to_picoseconds(n * link.latency_seconds) for n, link in zip(most, links, strict=True)
+        )
 
     def _time_transfers(
         self, traffic: tuple[LinkLoad, ...], size: float, tokens: np.ndarray
-    ) -> float:
-        """Seconds of exchanges of numbers of `size` bytes, one after another, that are not hidden.
+    ) -> int:
+        """Picoseconds of exchanges of numbers of `size` bytes, one after another, not hidden.
 
-        What may be hidden: they go while tokens keep the links busy for `tokens` [L, 2, P] seconds.
+        What may be hidden: they go while tokens keep links busy for `tokens` [L, 2, P] picoseconds.
         """
-        busy = [self._busy_seconds(each.numbers, size) for each in traffic]
-        crossing = sum(float(each.max()) for each in busy)
-        together = max(crossing, float((sum(busy) + tokens).max()))
-        saved = crossing + float(tokens.max()) - together
-        seconds = crossing - self.overlap * saved
+        busy = [self._time_links(each.numbers, size) for each in traffic]
+        crossing = sum(int(each.max()) for each in busy)
+        together = max(crossing, int((sum(busy) + tokens).max()))
+        saved = crossing + int(tokens.max()) - together
+        time = crossing - round(self.overlap * saved)
         for each in traffic:
-            copied = self._copy_seconds(each.numbers.sum(axis=(0, 1)), size)
-            seconds += self._start_seconds(each.messages) + float(copied.max())
-        return seconds
+            copied = self._time_copies(each.numbers.sum(axis=(0, 1)), size)
+            time += self._time_starts(each.messages) + int(copied.max())
+        return time
 
     def digest(self) -> str:
         """Short hash of all numbers: equal on ranks whose models are equal."""

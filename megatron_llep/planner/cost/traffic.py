@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # the planners import this module
     from megatron_llep.planner.plan import Plan
     from megatron_llep.planner.topology import Topology
 
+_PARTS_OF_A_PAIR = 2**20
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinkLoad:
@@ -43,7 +45,8 @@ def count_tokens(plan: "Plan", counts: np.ndarray, topology: "Topology") -> np.n
     them the other way.
 
     Which ranks of a node keep tokens of a lent expert inside it is averaged over the node: each
-    in proportion to what it sends.
+    in proportion to what it sends, in whole parts of 2**-20, so that sums over experts are exact:
+    the same on every CPU, in whatever order it adds.
 
     Args:
         plan: made from the counts.
@@ -142,11 +145,12 @@ def _keep_in_node(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of pairs [P, L] that leave and enter each rank, [P] those that stay in its node, each."""
     P = len(leaving)
-    parts = [part.astype(float).reshape(P // G, G, -1) for part in (leaving, entering)]
+    parts = [part.reshape(P // G, G, -1) for part in (leaving, entering)]
     totals = [part.sum(axis=1) for part in parts]  # [N, L]
     stays = np.minimum(*totals)
-    kept = [
-        (part @ (stays / np.maximum(total, 1))[:, :, None]).reshape(P)
-        for part, total in zip(parts, totals, strict=True)
-    ]
+    kept = []
+    for part, total in zip(parts, totals, strict=True):
+        shares = part * (stays / np.maximum(total, 1))[:, None]
+        whole = np.rint(shares * _PARTS_OF_A_PAIR).astype(np.int64)
+        kept.append(whole.sum(axis=2).reshape(P) / _PARTS_OF_A_PAIR)
     return kept[0], kept[1]

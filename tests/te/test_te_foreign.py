@@ -1,4 +1,4 @@
-"""Foreign experts in Transformer Engine's grouped GEMMs, over a stand-in for the kernel."""
+"""Foreign experts in Transformer Engine's module, over a stand-in for its grouped GEMM."""
 
 from collections import Counter
 from typing import Any
@@ -9,7 +9,15 @@ import torch
 pytest.importorskip("transformer_engine.pytorch")
 
 from megatron.core.fp8_utils import get_fp8_context
-from te_hosting import NATIVE, TOKENS, Modules, make_expert_config, run_both
+from te_hosting import (
+    NATIVE,
+    ROWS,
+    TOKENS,
+    Modules,
+    make_expert_config,
+    run_both,
+    run_micro_batches,
+)
 
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
@@ -55,7 +63,7 @@ def on_one_rank(work, *args: Any) -> Any:
     ids=lambda changes: "-".join(changes) or "fp32",
 )
 def test_hosted_experts_are_those_of_one_module(changes, gemms):
-    """Bit for bit, in one grouped GEMM per linear and direction."""
+    """Bit for bit; natives and foreign experts have a grouped GEMM each."""
 
     def work():
         config = make_expert_config(**changes)
@@ -69,31 +77,87 @@ def test_hosted_experts_are_those_of_one_module(changes, gemms):
             assert torch.equal(mine, other)
         return Counter(gemms)
 
-    every = len(TOKENS)
-    # Two linears of either module.
-    assert on_one_rank(work) == {("TN", every): 4, ("NN", every): 4, ("NT", every): 4}
+    sizes = (len(TOKENS), NATIVE, len(TOKENS) - NATIVE)
+    # Two linears.
+    assert on_one_rank(work) == {
+        (layout, size): 2 for layout in ("TN", "NN", "NT") for size in sizes
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        FUSED | ACT,
+        FUSED | {"add_bias_linear": True},
+        BF16 | FP8 | FUSED,
+        BF16 | FP8 | FUSED | ACT,
+    ],
+    ids="-".join,
+)
+def test_micro_batches_in_flight(changes, gemms):
+    """Forwards before the backwards of others, as in a pipeline: each finds what it left."""
+
+    def work():
+        config = make_expert_config(**changes)
+        modules = Modules.make(config)
+        for actual, expected in run_micro_batches(modules, config, 3):
+            assert torch.equal(actual, expected)
+            assert actual.abs().sum() > 0
+        expected, actual = modules.gradients()
+        for mine, other in zip(actual, expected, strict=True):
+            assert torch.equal(mine, other)
+
+    on_one_rank(work)
 
 
 def test_foreign_gradients_are_added(gemms):
-    """To what main_grad holds already, natives' too, whatever Megatron's linears were told."""
+    """To what main_grad holds already; natives' are written as Megatron's linears were told."""
 
     def work():
         config = make_expert_config(**FUSED)
         modules = Modules.make(config)
         for linear in (modules.module.linear_fc1, modules.module.linear_fc2):
-            assert linear.is_first_microbatch  # TE would overwrite main_grad
-        # A gradient that came home before the natives had any of their own.
-        everyone = modules.lendable.weights() + modules.foreign
-        for weights in everyone:
+            assert linear.is_first_microbatch  # TE overwrites main_grad
+        for weights in modules.lendable.weights() + modules.foreign:
             for weight in weights:
                 weight.main_grad += 1
         run_both(modules, config)
         expected, actual = modules.gradients()
-        for mine, other in zip(actual, expected, strict=True):
+        natives = 2 * NATIVE
+        for mine, other in zip(actual[:natives], expected[:natives], strict=True):
+            assert torch.equal(mine, other)
+        for mine, other in zip(actual[natives:], expected[natives:], strict=True):
             torch.testing.assert_close(mine, other + 1)
-        # And it was a first micro-batch: a forward of Megatron's that follows adds, too.
         for linear in (modules.module.linear_fc1, modules.module.linear_fc2):
             assert not linear.is_first_microbatch
+        # The next micro-batch adds, natives too.
+        run_both(modules, config)
+        expected, actual = modules.gradients()
+        for mine, other in zip(actual[:natives], expected[:natives], strict=True):
+            assert torch.equal(mine, other)
+
+    on_one_rank(work)
+
+
+@pytest.mark.parametrize("frozen", ["natives", "foreign"])
+def test_one_may_train_without_the_other(frozen, gemms):
+    """As experts are frozen on some ranks: TE looks at the first of those that it computes."""
+
+    def work():
+        config = make_expert_config(**FUSED)
+        modules = Modules.make(config)
+        natives = 2 * NATIVE
+        for weights in modules.lendable.weights() if frozen == "natives" else modules.foreign:
+            for weight in weights:
+                weight.requires_grad_(False)
+        for actual, expected in run_both(modules, config):
+            assert torch.equal(actual, expected)
+        expected, actual = modules.gradients()
+        for i, (mine, other) in enumerate(zip(actual, expected, strict=True)):
+            if (i < natives) == (frozen == "natives"):
+                assert not mine.any()
+            else:
+                assert torch.equal(mine, other)
 
     on_one_rank(work)
 
@@ -107,20 +171,29 @@ def test_the_module_is_as_before(gemms):
         module = modules.module
         keys = list(module.state_dict())
         values = {name: value.clone() for name, value in module.state_dict().items()}
+        parameters = {name: id(value) for name, value in module.named_parameters()}
         linears = (module.linear_fc1, module.linear_fc2)
         known = [set(vars(linear)) for linear in linears]
-        inside = []
+        inside, whole = [], []
 
         def look(linear, _):
-            inside.append((linear.num_gemms, list(module.state_dict()) == keys))
+            same = list(module.state_dict()) == keys
+            same &= {name: id(value) for name, value in module.named_parameters()} == parameters
+            inside.append((linear.num_gemms, same))
 
-        hook = module.linear_fc2.register_forward_pre_hook(look)
+        hooks = [
+            module.linear_fc2.register_forward_pre_hook(look),
+            module.register_forward_hook(lambda *_: whole.append(True)),
+        ]
         run_both(modules, config)
-        assert inside == [(len(TOKENS), True)]
-        hook.remove()
+        assert inside == [(NATIVE, True), (len(TOKENS) - NATIVE, True)]
+        assert len(whole) == 1
+        for hook in hooks:
+            hook.remove()
 
-        def fail(*_):
-            raise RuntimeError("on purpose")
+        def fail(linear, _):
+            if linear.num_gemms != NATIVE:
+                raise RuntimeError("on purpose")
 
         hook = module.linear_fc2.register_forward_pre_hook(fail)
         hidden = torch.randn(sum(TOKENS), config.hidden_size, dtype=torch.bfloat16)
@@ -146,9 +219,8 @@ def forward(modules: Modules, hidden: torch.Tensor, *, lending: bool) -> torch.T
     """A micro-batch of the host; without lending, Megatron's own forward of the natives."""
     probs = torch.ones(len(hidden))
     if lending:
-        return modules.compute(hidden, probs, torch.tensor(TOKENS))
-    tokens = torch.tensor(TOKENS[:NATIVE])
-    return modules.module(hidden[: int(tokens.sum())], tokens, probs[: int(tokens.sum())])[0]
+        return modules.compute(hidden, probs)
+    return modules.module(hidden[: ROWS[0]], torch.tensor(TOKENS[:NATIVE]), probs[: ROWS[0]])[0]
 
 
 @pytest.mark.parametrize("order", ["lend-plain", "plain-lend", "lend-plain-lend-plain"])
@@ -187,25 +259,48 @@ def modules_gradients(one: Modules, other: Modules) -> tuple[list[Any], list[Any
     return one.gradients()[1], other.gradients()[1]
 
 
-def test_quantisers_are_made_for_all_slots(gemms):
-    """Also when a forward without foreign experts came first; and they are not made again."""
+def test_weights_are_quantised_no_more_often_than_by_megatron(gemms):
+    """Natives once a step, as without lending; foreign experts whenever they are borrowed."""
 
     def work():
         config = make_expert_config(**FP8, **BF16)
         modules = Modules.make(config)
         hidden = torch.randn(sum(TOKENS), config.hidden_size, dtype=torch.bfloat16)
-        sizes, made = [], []
-        for lending in (False, True, True, False, True):
+        linear = modules.module.linear_fc1
+        cached = []
+        for lending in (True, True, False, True):
+            with get_fp8_context(config):
+                forward(modules, hidden, lending=lending)
+            assert set(linear._fp8_workspaces) == {f"weight{i}" for i in range(NATIVE)}
+            # Renewed in place, or made anew: neither happens within a step.
+            cached.append([(id(w), w.data.clone()) for w in linear._fp8_workspaces.values()])
+            with torch.no_grad():
+                for expert in modules.lendable.weights():
+                    expert[0].mul_(2)
+        for later in cached[1:]:
+            for (mine, values), (first, expected) in zip(later, cached[0], strict=True):
+                assert mine == first
+                assert torch.equal(values.float(), expected.float())
+
+    on_one_rank(work)
+
+
+def test_quantisers_are_made_once(gemms):
+    """Those of the natives serve foreign experts, whichever forward comes first."""
+
+    def work():
+        config = make_expert_config(**FP8, **BF16)
+        modules = Modules.make(config)
+        hidden = torch.randn(sum(TOKENS), config.hidden_size, dtype=torch.bfloat16)
+        found = []
+        for lending in (True, False, True):
             with get_fp8_context(config):
                 forward(modules, hidden, lending=lending)
             quantizers = modules.module.linear_fc1.quantizers
-            sizes.append((len(quantizers["scaling_fwd"]), len(quantizers["scaling_bwd"])))
-            made.append(id(quantizers["scaling_fwd"][0]))
-        return sizes, len(set(made[1:]))
+            found.append([id(each) for kind in quantizers.values() for each in kind])
+        return len(found[0]), found[0] == found[1] == found[2]
 
-    sizes, generations = on_one_rank(work)
-    assert sizes == [(3 * NATIVE, 2 * NATIVE)] + [(6 * NATIVE, 4 * NATIVE)] * 4
-    assert generations == 1
+    assert on_one_rank(work) == (5 * NATIVE, True)
 
 
 def test_every_slot_is_padded(gemms):
@@ -225,4 +320,4 @@ def test_every_slot_is_padded(gemms):
         return rows
 
     padded = [-(-tokens // 16) * 16 for tokens in TOKENS]
-    assert on_one_rank(work) == [(sum(padded), padded)]
+    assert on_one_rank(work) == [(sum(part), part) for part in (padded[:NATIVE], padded[NATIVE:])]
