@@ -167,9 +167,7 @@ class LLEPMoELayer(MoELayer):
                 grad_dtype=self._grad_dtype(),
                 returns=decision.trains,
                 refetch=self._refetches(),
-                memory=self.shared_lending.memory,
-                stream=self.shared_lending.stream_on(natives[0][0].device),
-                progress=self.shared_lending.progress,
+                shared=self.shared_lending,
                 note_bytes=self._note_bytes,
             )
             self._loan.start_fetch()
