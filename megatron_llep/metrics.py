@@ -37,9 +37,9 @@ class Metric:
     over_micro_batches: Over = "mean"
     """Of one layer on one rank."""
     over_sharers: Over = "mean"
-    """The ranks that share tokens; most numbers follow from their plan, and are the same on all."""
+    """The ranks that share tokens. What follows from their plan is the same on all of them."""
     over_ranks: Over = "mean"
-    """All ranks that have the layer."""
+    """All ranks that have the layer; with it the mean of those that share tokens, too."""
     across_layers: Callable[[np.ndarray], np.floating]
 
 

@@ -41,7 +41,7 @@ RUN = Run(
 def build_hybrid(
     config: TransformerConfig, run: Run, transform_spec: Callable[[Any], Any] | None = None
 ) -> Chunks:
-    """This rank's stage: Megatron's own stack, with local modules, and no last norm (it is TE's)."""
+    """This rank's stage: Megatron's stack of local modules, without its last norm (TE's)."""
     one_layer = replace(config, num_layers=1, pipeline_model_parallel_size=1)
     local = build_local_block_spec(one_layer, pp_rank=0).layer_specs[0].submodules
     attention = TransformerLayerSubmodules(
