@@ -227,7 +227,6 @@ class LLEPMoELayer(MoELayer):
         """Start to send lent experts and to receive foreign ones."""
         for wait in planned.weight_waits:
             wait()
-        shared = self.shared_lending
         loan = WeightLoan(
             planned.plan,
             planned.natives,
@@ -236,9 +235,7 @@ class LLEPMoELayer(MoELayer):
             grad_dtype=self._grad_dtype(),
             returns=planned.trains,
             refetch=self._refetches(),
-            memory=shared.memory,
-            stream=shared.stream_on(planned.natives[0][0].device),
-            progress=shared.progress,
+            shared=self.shared_lending,
             note_bytes=self._note_bytes,
         )
         loan.start_fetch()
@@ -259,16 +256,18 @@ class LLEPMoELayer(MoELayer):
         return choice == "refetch"
 
     def _note_bytes(self, sent: int, received: int) -> None:
-        record_exchange(
-            sent,
-            received,
-            layer_number=self.layer_number,
-            is_mtp_layer=self.is_mtp_layer,
-            config=self.config,
-            group=self.lending_group,
-        )
+        if self.training:
+            record_exchange(
+                sent,
+                received,
+                layer_number=self.layer_number,
+                is_mtp_layer=self.is_mtp_layer,
+                config=self.config,
+                group=self.lending_group,
+            )
 
     def _record(self, placed: Planned) -> None:
+        foreign_bytes = self.shared_lending.memory.take_peak()  # each forward its own
         # Megatron's own rule for router metrics: a recomputed layer then counts once.
         if self.training and torch.is_grad_enabled():
             record_plan(
@@ -278,6 +277,6 @@ class LLEPMoELayer(MoELayer):
                 is_mtp_layer=self.is_mtp_layer,
                 config=self.config,
                 expert_bytes=self.lendable.expert_bytes,
-                foreign_bytes=self.shared_lending.memory.take_peak(),
+                foreign_bytes=foreign_bytes,
                 plan_seconds=placed.plan_seconds,
             )

@@ -6,12 +6,15 @@ Megatron's training log asks its tracker for a fixed list of router losses; the 
 LLEP's to the same console line, TensorBoard writer and wandb run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import (
     MetricEntry,
     MoEMetricsTracker,
@@ -22,18 +25,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.planner import Plan, imbalance_of
 
+Over = Literal["mean", "max"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number per layer and micro-batch; averaged over micro-batches, then across layers."""
+    """A number, at least 0, and how one of a whole step comes of it, in the order below."""
 
     name: str
     help: str
+    over_micro_batches: Over = "mean"
+    """Of one layer on one rank."""
+    over_sharers: Over = "mean"
+    """The ranks that share tokens. What follows from their plan is the same on all of them."""
+    over_ranks: Over = "mean"
+    """All ranks that have the layer; with it the mean of those that share tokens, too."""
     across_layers: Callable[[np.ndarray], np.floating]
 
-
-LINK_METRIC = "lent_link_mib"
-"""Not known with the plan: measured at each exchange, of forward and backward."""
 
 METRICS = (
     Metric(
@@ -67,14 +75,18 @@ METRICS = (
         across_layers=np.sum,
     ),
     Metric(
-        name=LINK_METRIC,
+        name="lent_link_mib",
         help="most that one rank sent, or received, of lent weights and their gradients, MiB; sum "
         "over layers",
+        over_sharers="max",
         across_layers=np.sum,
     ),
     Metric(
         name="foreign_mib",
-        help="most foreign weights alive at once on this rank, MiB, all layers and micro-batches",
+        help="most foreign weights alive at once on any rank, MiB, all layers and micro-batches",
+        over_micro_batches="max",
+        over_sharers="max",
+        over_ranks="max",
         across_layers=np.max,
     ),
     Metric(
@@ -93,40 +105,47 @@ class LLEPMetricsTracker(MoEMetricsTracker):
     def __init__(self, metrics: dict[str, MetricEntry] | None = None):
         super().__init__()
         self._metrics = metrics or {}
-        self._sums: dict[int, np.ndarray] = {}  # layer -> [1 + K], the number of plans first
-        # Layer -> [2] bytes that this rank sent and received for lent experts.
-        self._exchanged: dict[int, np.ndarray] = {}
-        self._lending_group: dist.ProcessGroup | None = None
+        # Of this rank, by layer of the whole model, from 0.
+        self._plans: dict[int, int] = {}
+        self._recorded: dict[int, dict[str, np.ndarray]] = {}
+        self._sharers: dist.ProcessGroup | None = None
 
-    def record_layer(self, layer: int, values: dict[str, float]) -> None:
+    def record_layer(self, layer: int, values: Mapping[str, float]) -> None:
         """Add one plan's metrics; `layer` counts from 0 over the whole model."""
-        values = {LINK_METRIC: 0.0, **values}
-        row = np.array([1.0, *(values[metric.name] for metric in METRICS)])
-        self._sums[layer] = self._sums.get(layer, 0) + row
+        self._plans[layer] = self._plans.get(layer, 0) + 1
+        for name, value in values.items():
+            self._add(layer, name, np.array([value], dtype=np.float64))
 
     def record_exchange(
         self, layer: int, sent: int, received: int, group: dist.ProcessGroup
     ) -> None:
         """Add the bytes of one exchange of lent experts among the ranks of the group."""
-        self._exchanged[layer] = self._exchanged.get(layer, 0) + np.array([sent, received])
-        self._lending_group = group
+        self._add(layer, "lent_link_mib", np.array([sent, received]) / 2**20)
+        self._sharers = group
+
+    def read_layer(self, layer: int) -> dict[str, float]:
+        """A layer's metrics on this rank, over its micro-batches."""
+        values = {}
+        for metric in METRICS:
+            value = self._recorded[layer].get(metric.name, np.zeros(1))
+            if metric.over_micro_batches == "mean":
+                value = value / self._plans[layer]
+            values[metric.name] = float(value.max())  # of both ways of a link
+        return values
 
     def report(self, loss_scale, iteration, writer=None, wandb_writer=None, **kwargs) -> str:
         """Report Megatron's metrics, then LLEP's; every rank must call it, as it reduces."""
-        num_layers = (kwargs.get("num_layers") or 0) + (kwargs.get("mtp_num_layers") or 0)
-        per_layer = self._reduce(num_layers, kwargs.get("pg_collection"))
+        per_layer = self._reduce(kwargs.get("pg_collection"))
         line = super().report(loss_scale, iteration, writer, wandb_writer, **kwargs)  # clears
-        ran = per_layer[0] > 0
-        if not ran.any():
+        layers = np.flatnonzero(per_layer[0])
+        if len(layers) == 0:
             return line
 
         scalars = {}
-        for metric, values in zip(METRICS, per_layer[1:], strict=True):
-            values = values[ran] / per_layer[0][ran]
+        for metric, values in zip(METRICS, per_layer[1:, layers], strict=True):
             scalars[PREFIX + metric.name] = float(metric.across_layers(values))
             line += f" {metric.name}: {scalars[PREFIX + metric.name]:.2f} |"
             if kwargs.get("per_layer_logging"):
-                layers = np.flatnonzero(ran)
                 for layer, value in zip(layers, values, strict=True):
                     scalars[f"{PREFIX}{metric.name}_layer_{layer}"] = float(value)
         self._log_scalars(scalars, iteration, writer, wandb_writer)
@@ -135,30 +154,38 @@ class LLEPMetricsTracker(MoEMetricsTracker):
     def clear(self) -> None:
         """Forget all values, as Megatron does after evaluation."""
         super().clear()
-        self._sums.clear()
-        self._exchanged.clear()
+        self._plans.clear()
+        self._recorded.clear()
 
-    def _reduce(self, num_layers: int, pg_collection) -> np.ndarray:
-        """[1 + K, L] sums over this rank's pipeline, averaged over data-parallel ranks.
+    def _add(self, layer: int, name: str, value: np.ndarray) -> None:
+        recorded = self._recorded.setdefault(layer, {})
+        metric = next(metric for metric in METRICS if metric.name == name)
+        join = np.maximum if metric.over_micro_batches == "max" else np.add
+        recorded[name] = join(recorded.get(name, np.zeros_like(value)), value)
 
-        Of the bytes of lent experts, which differ between the ranks that share tokens, those of the
-        busiest.
+    def _reduce(self, pg_collection: ProcessGroupCollection | None) -> np.ndarray:
+        """[1 + K, L] of all ranks: whether there were plans in a layer, then the metrics.
+
+        L is what ranks agree on, as the stages of a pipeline have different layers, and Megatron
+        does not tell how many there are in a hybrid model.
         """
-        table = torch.zeros(1 + len(METRICS), num_layers)
-        for layer, row in self._sums.items():
-            table[:, layer] = torch.from_numpy(row)
-        link = 1 + [metric.name for metric in METRICS].index(LINK_METRIC)
-        for layer, ways in self._exchanged.items():
-            table[link, layer] = float(ways.max()) / 2**20
-        if torch.cuda.is_available():
-            table = table.cuda()
-        if self._exchanged:  # on all ranks of the group or on none
-            busiest = table[link].contiguous()
-            dist.all_reduce(busiest, op=dist.ReduceOp.MAX, group=self._lending_group)
-            table[link] = busiest
-        self._metrics["llep"] = MetricEntry(values=table)
-        self._sync_metrics(["llep"], pg_collection)
-        del self._metrics["llep"]
+        stage, pipeline = _find_groups(pg_collection)
+        count = _on_device(torch.tensor([1 + max(self._plans, default=-1)]))
+        for group in (stage, pipeline):
+            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
+        table = torch.zeros(1 + len(METRICS), int(count), dtype=torch.float64)
+        if not table.numel():
+            return table.numpy()
+        for layer in self._plans:
+            column = [1.0, *self.read_layer(layer).values()]
+            table[:, layer] = torch.tensor(column, dtype=torch.float64)
+        table = _on_device(table)
+        if self._sharers is not None:  # on all of them or on none
+            _reduce_rows(table, [metric.over_sharers for metric in METRICS], self._sharers, "max")
+        for over in ("mean", "max"):
+            _reduce_rows(table, [metric.over_ranks for metric in METRICS], stage, over)
+        # A layer is in one stage.
+        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=pipeline)
         return table.cpu().numpy()
 
 
@@ -234,3 +261,34 @@ def record_exchange(
     if isinstance(tracker, LLEPMetricsTracker):
         layer = layer_number - 1 + is_mtp_layer * config.num_layers
         tracker.record_exchange(layer, sent, received, group)
+
+
+def _find_groups(
+    pg_collection: ProcessGroupCollection | None,
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The ranks of this pipeline stage, and those of this pipeline: together, all of the model."""
+    stage = getattr(pg_collection, "tp_dp_cp", None)
+    if stage is None:
+        stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    pipeline = getattr(pg_collection, "pp", None)
+    if pipeline is None:
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+    return stage, pipeline
+
+
+def _reduce_rows(
+    table: torch.Tensor, ways: Sequence[Over], group: dist.ProcessGroup, over: Over
+) -> None:
+    """Reduce, over a group, the rows [1 + K, L] of the metrics that are to be in this way."""
+    rows = [row for row, way in enumerate(ways, start=1) if way == over]
+    part = table[rows]
+    if over == "max":
+        dist.all_reduce(part, op=dist.ReduceOp.MAX, group=group)
+    else:
+        dist.all_reduce(part, group=group)
+        part /= dist.get_world_size(group)
+    table[rows] = part
+
+
+def _on_device(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cuda() if torch.cuda.is_available() else tensor

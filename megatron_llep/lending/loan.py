@@ -19,7 +19,11 @@ On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe
 - NCCL runs on a stream of its own, which waits for the current one at the call, and for which the
   current one waits at `Work.wait`: both are the side stream. Buffers are held until `join`, by the
   PendingExchanges, whatever the process group holds.
-- Foreign weights are read, and gradients written, by the main stream only, `main_grad` too.
+- Foreign weights are read, and gradients added up, by the main stream only, `main_grad` too; the
+  side stream reads these, and puts sums of shards in their place, once their return has begun.
+- The slab in which they add up goes from layer to layer, each of which zeroes it on the main
+  stream. A loan closes it in `finish_return`, where the main stream waits for the side stream: for
+  the packing, the sums, and an exchange that sent the slab itself. So it is zeroed after these.
 - autograd runs a node's backward on the stream of its forward: the main stream here as well.
 """
 
@@ -28,24 +32,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_llep.lending.memory import ForeignMemory
-from megatron_llep.lending.packing import (
-    Weights,
-    count_by_peer,
-    count_numbers,
-    find_parts,
-    make_buffers,
-    pack,
-    split_experts,
-    split_pieces,
-    sum_shards,
-    unpack,
-)
+from megatron_llep.lending.exchanges import LoanExchanges
+from megatron_llep.lending.foreign_grads import ForeignGrads
+from megatron_llep.lending.packing import Weights, find_parts, split_experts, split_pieces
 from megatron_llep.lending.pending import PendingExchanges
-from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.ranges import step
-from megatron_llep.lending.side_stream import SideStream
-from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers
+from megatron_llep.lending.shared import SharedLending
+from megatron_llep.lending.transfers import RankTransfers
 from megatron_llep.planner import Plan
 
 
@@ -66,9 +59,7 @@ class WeightLoan:
         grad_dtype: torch.dtype,
         returns: bool,
         refetch: bool,
-        memory: ForeignMemory,
-        stream: SideStream,
-        progress: Progress,
+        shared: SharedLending,
         note_bytes: Callable[[int, int], None],
     ):
         """Prepare the buffers; `start_fetch` sends lent experts off, `lend` waits for them.
@@ -79,41 +70,40 @@ class WeightLoan:
             group: the P ranks; used for nothing else, so that lending overlaps token exchange.
             scatter_from: borrowers from which on an expert goes in shards; 0: none does.
             grad_dtype: dtype in which the gradients return.
-            returns: whether any rank needs gradients back; the same on every rank.
+            returns: whether any rank trains these experts; the same on every rank. Where autograd
+                records nothing no gradient returns all the same.
             refetch: whether to free foreign weights after forward and lend them again in backward;
                 the same on every rank.
-            memory: counts the foreign weights of this rank.
-            stream: where transfers run.
-            progress: tells in errors where this rank was.
+            shared: the model's stream, count of memory, and memory for gradients.
             note_bytes: called at each exchange with the bytes this rank sends and receives.
         """
         self._shapes = tuple(weight.shape for weight in natives[0])
-        self._width = sum(shape.numel() for shape in self._shapes)  # W
+        width = sum(shape.numel() for shape in self._shapes)  # W
         self.transfers = RankTransfers.of(
-            plan, dist.get_rank(group), width=self._width, scatter_from=scatter_from
+            plan, dist.get_rank(group), width=width, scatter_from=scatter_from
         )
         self.natives = natives
-        self.returns = returns
-        """Whether gradients come home: some rank trains some of its experts."""
+        self.returns = returns and torch.is_grad_enabled()
+        """Whether gradients come home: this forward is recorded, and some rank trains experts."""
         self.refetch = refetch
         """Whether foreign weights are freed after forward and lent again in backward."""
-        self._group = group
         self._grad_dtype = grad_dtype
-        self._memory = memory
-        self._stream = stream
-        self._progress = progress
-        self._note_bytes = note_bytes
-        like = natives[0][0]
-        self._weights = like.new_empty(self.transfers.num_foreign * self._width)
-        # Gradients add up in fp32 (fp64 for fp64 weights).
-        self._sum_dtype = torch.promote_types(torch.float32, like.dtype)
-        self._grads = like.new_empty(0, dtype=self._sum_dtype)
+        self._shared = shared
+        self._exchanges = LoanExchanges(
+            self.transfers, self._shapes, group=group, shared=shared, note_bytes=note_bytes
+        )
+        self._weights = natives[0][0].new_empty(self.transfers.num_foreign * width)
         self._held = 0
-        self._transfer: PendingExchanges | None = None
+        self._grads: ForeignGrads | None = None
+        self._pending: PendingExchanges | None = None
         self._returned: torch.Tensor | None = None
 
     def __del__(self) -> None:
         self._hold(0)
+        # In the middle of a return the side stream may still read the gradients: they are let go
+        # of like the other buffers, and not used again.
+        if self._grads is not None and self._pending is None:
+            self._grads.close()
 
     @property
     def tensors_per_expert(self) -> int:
@@ -123,15 +113,10 @@ class WeightLoan:
     def start_fetch(self) -> None:
         """Start sending lent experts and receiving foreign ones."""
         with step("lend.start"):
-            self._allocate(self._weights)
+            self._weights.untyped_storage().resize_(self._weights.nbytes)
             self._hold(self._weights.nbytes)
-            first, *second = self.transfers.exchanges
-            whole = self._arrives_whole()
-            buffers = [
-                make_buffers(first, self._weights, incoming=self._weights if whole else None)
-            ]
-            buffers += [make_buffers(exchange, self._weights) for exchange in second]
-            self._start(self._fetch(buffers), buffers)
+            assert self._pending is None
+            self._pending = self._exchanges.start_fetch(self.natives, self._weights)
 
     def continue_fetch(self) -> None:
         """Start the second exchange, if the plan has one."""
@@ -144,16 +129,10 @@ class WeightLoan:
             self._finish()
 
     def hand_out(self) -> list[Weights]:
-        """F experts' weights, each with a `main_grad` for kernels that add to it by themselves.
-
-        The `main_grad`s take no memory before `open_grads`.
-        """
-        self._grads = torch.empty_like(self._weights, dtype=self._sum_dtype)
+        """F experts' weights; if gradients return, with `main_grad`s (see `ForeignGrads`)."""
         foreign = split_experts(self._weights, self._shapes)
-        for weights, grads in zip(foreign, split_experts(self._grads, self._shapes), strict=True):
-            for weight, grad in zip(weights, grads, strict=True):
-                weight.main_grad = grad
-        self._free(self._grads)
+        if self.returns:
+            self._grads = ForeignGrads(foreign, self._weights, self._shared.grad_scratch)
         return foreign
 
     def free_weights(self) -> None:
@@ -171,28 +150,23 @@ class WeightLoan:
             self._hold(0)
 
     def open_grads(self) -> None:
-        """Allocate the foreign gradients, all zero."""
-        self._allocate(self._grads)
-        self._grads.zero_()
+        """Take memory for the foreign gradients, all zero."""
+        assert self._grads is not None
+        self._grads.open()
 
     def add_grads(self, grads: Iterable[torch.Tensor | None]) -> None:
         """Add gradients that autograd computed, in the order of the weights handed out."""
-        slots = (slot for expert in split_experts(self._grads, self._shapes) for slot in expert)
-        for slot, grad in zip(slots, grads, strict=True):
-            if grad is not None:
-                slot.add_(grad)
+        assert self._grads is not None
+        self._grads.add(grads)
 
     def start_return(self) -> None:
         """Start sending the foreign gradients home and receiving those of lent experts."""
         with step("return.start"):
-            like = self._grads.new_empty(0, dtype=self._grad_dtype)
-            first, *second = (exchange.reverse() for exchange in self.transfers.exchanges)
-            buffers = [make_buffers(exchange, like) for exchange in second]
-            as_they_are = self._arrives_whole() and self._grads.dtype == like.dtype
-            buffers.append(make_buffers(first, like, outgoing=self._grads if as_they_are else None))
-            self._returned = buffers[-1][1]
-            sums = self._grads.new_empty(count_numbers(self._find_own_shards()))
-            self._start(self._return(buffers, sums), [*buffers, (sums,)])
+            assert self._pending is None
+            assert self._grads is not None
+            self._pending, self._returned = self._exchanges.start_return(
+                self._grads.flat, self._grad_dtype
+            )
 
     def continue_return(self) -> None:
         """Start the second exchange, if the plan has one."""
@@ -208,9 +182,10 @@ class WeightLoan:
         """
         with step("return.wait"):
             self._finish()
-        self._free(self._grads)
         returned, self._returned = self._returned, None
+        assert self._grads is not None
         assert returned is not None
+        self._grads.close()
         pieces = self.transfers.exchanges[0].sends
         for piece, values in zip(pieces, split_pieces(returned, pieces), strict=True):
             parts = list(find_parts(piece, self._shapes))
@@ -218,98 +193,20 @@ class WeightLoan:
             for (i, where), grad in zip(parts, values.split(sizes), strict=True):
                 yield piece.expert, i, where, grad
 
-    def _fetch(self, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[dist.Work]:
-        """Pack native experts, exchange, put what came into the slots; then shards, if any."""
-        first, *second = self.transfers.exchanges
-        outgoing, incoming = buffers[0]
-        parts = [
-            self.natives[piece.expert][i].detach().reshape(-1)[where]
-            for piece in first.sends
-            for i, where in find_parts(piece, self._shapes)
-        ]
-        if parts:
-            torch.cat(parts, out=outgoing)
-        yield self._exchange(first, *buffers[0])
-        if incoming is not self._weights:
-            unpack(incoming, first.receives, self._weights, self._width)
-        for exchange, (outgoing, incoming) in zip(second, buffers[1:], strict=True):
-            pack(self._weights, exchange.sends, outgoing, self._width)
-            yield self._exchange(exchange, outgoing, incoming)
-            unpack(incoming, exchange.receives, self._weights, self._width)
-
-    def _return(
-        self, buffers: list[tuple[torch.Tensor, torch.Tensor]], sums: torch.Tensor
-    ) -> Iterator[dist.Work]:
-        """The way back of `_fetch`: shards of gradients to those who sum them, then home."""
-        first, *second = (exchange.reverse() for exchange in self.transfers.exchanges)
-        for exchange, (outgoing, incoming) in zip(second, buffers[:-1], strict=True):
-            pack(self._grads, exchange.sends, outgoing, self._width)
-            yield self._exchange(exchange, outgoing, incoming)
-            sum_shards(
-                self._grads,
-                self._find_own_shards(),
-                incoming,
-                exchange.receives,
-                sums,
-                rank=dist.get_rank(self._group),
-                width=self._width,
-            )
-        outgoing, incoming = buffers[-1]
-        if outgoing is not self._grads:
-            pack(self._grads, first.sends, outgoing, self._width)
-        yield self._exchange(first, outgoing, incoming)
-
-    def _start(
-        self, steps: Iterator[dist.Work], buffers: Sequence[tuple[torch.Tensor, ...]]
-    ) -> None:
-        assert self._transfer is None
-        flat = [tensor for pair in buffers for tensor in pair]
-        self._transfer = PendingExchanges(steps, flat, stream=self._stream, progress=self._progress)
-
     def _advance(self) -> None:
-        assert self._transfer is not None
+        assert self._pending is not None
         if len(self.transfers.exchanges) > 1:
-            self._transfer.advance()
+            self._pending.advance()
 
     def _finish(self) -> None:
-        assert self._transfer is not None
-        self._transfer.finish()
-        self._transfer = None
-
-    def _exchange(
-        self, exchange: Exchange, outgoing: torch.Tensor, incoming: torch.Tensor
-    ) -> dist.Work:
-        """Start one all-to-all."""
-        num_ranks = dist.get_world_size(self._group)
-        self._note_bytes(outgoing.nbytes, incoming.nbytes)
-        return dist.all_to_all_single(
-            incoming,
-            outgoing,
-            output_split_sizes=count_by_peer(exchange.receives, num_ranks),
-            input_split_sizes=count_by_peer(exchange.sends, num_ranks),
-            group=self._group,
-            async_op=True,
-        )
-
-    def _arrives_whole(self) -> bool:
-        """Whether this rank borrows no expert in shards: what comes is what the slots hold."""
-        return not any(exchange.receives for exchange in self.transfers.exchanges[1:])
-
-    def _find_own_shards(self) -> list[Piece]:
-        """The shard of each foreign expert that comes in shards which its home sends here."""
-        in_shards = {piece.expert for each in self.transfers.exchanges[1:] for piece in each.sends}
-        return [
-            piece for piece in self.transfers.exchanges[0].receives if piece.expert in in_shards
-        ]
+        assert self._pending is not None
+        self._pending.finish()
+        self._pending = None
 
     def _hold(self, num_bytes: int) -> None:
-        self._memory.release(self._held)
-        self._memory.hold(num_bytes)
+        self._shared.memory.release(self._held)
+        self._shared.memory.hold(num_bytes)
         self._held = num_bytes
-
-    @staticmethod
-    def _allocate(flat: torch.Tensor) -> None:
-        flat.untyped_storage().resize_(flat.nbytes)
 
     @staticmethod
     def _free(flat: torch.Tensor) -> None:

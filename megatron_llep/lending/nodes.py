@@ -70,10 +70,11 @@ def lend(loan: WeightLoan, hidden: torch.Tensor) -> tuple[torch.Tensor, list[Wei
     """Pass the rows of foreign experts and hand out the F experts' weights.
 
     In backward the return starts when the gradient of these rows is there: there must be such a
-    tensor on every rank, though it may have no rows.
+    tensor on every rank, though it may have no rows. Where nothing returns, the weights are let go
+    of then.
     """
     loan.finish_fetch()
-    if not (loan.returns and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
         return hidden, loan.hand_out()
     hidden, *flat = _Lend.apply(loan, hidden)
     width = loan.tensors_per_expert
@@ -144,13 +145,17 @@ class _Lend(torch.autograd.Function):
     def forward(ctx, loan: WeightLoan, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.loan = loan
         ctx.set_materialize_grads(False)
-        foreign = loan.hand_out()
-        return (hidden.view_as(hidden), *(weight for expert in foreign for weight in expert))
+        foreign = [weight for expert in loan.hand_out() for weight in expert]
+        if not loan.returns:
+            ctx.mark_non_differentiable(*foreign)
+        return (hidden.view_as(hidden), *foreign)
 
     @staticmethod
     def backward(ctx, grad_hidden, *grad_foreign):
         loan: WeightLoan = ctx.loan
-        loan.add_grads(grad_foreign)
+        if loan.returns:
+            loan.add_grads(grad_foreign)
         loan.drop_weights()
-        loan.start_return()
+        if loan.returns:
+            loan.start_return()
         return None, grad_hidden

@@ -1,4 +1,4 @@
-"""What all layers of a model share: groups and a stream for lending, a count of memory, progress.
+"""What all layers of a model share: groups, a stream and a slab of memory for lending, progress.
 
 Letters: D replicas of every expert, P ranks of one expert-parallel group.
 """
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_llep.lending.grad_scratch import GradScratch
 from megatron_llep.lending.memory import ForeignMemory
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.side_stream import SideStream
@@ -20,6 +21,7 @@ class SharedLending:
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.memory = ForeignMemory()
+        self.grad_scratch = GradScratch()
         self.lends = True
         """Whether this rank agrees to lend; all ranks learn it with the counts."""
         self.progress = progress or Progress()

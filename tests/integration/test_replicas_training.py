@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_logging import (
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.metrics import METRICS, LLEPMetricsTracker, record_plan
+from megatron_llep.metrics import LLEPMetricsTracker, record_plan
 from megatron_llep.placement.forward import Planned
 from megatron_llep.planner import imbalance_of, load_per_rank, plan_over_replicas
 from support.layout import Layout
@@ -223,8 +223,7 @@ def test_metrics_compare_with_plain_expert_parallelism():
         )
     finally:
         set_moe_metrics_tracker(before)
-    (row,) = tracker._sums.values()
-    values = dict(zip([metric.name for metric in METRICS], row[1:].tolist(), strict=True))
+    values = tracker.read_layer(0)
     assert values["max_tokens_before"] == 60
     assert values["max_tokens_after"] == 40
     assert values["overload_factor_before"] == 2

@@ -1,0 +1,160 @@
+"""The exchanges of one loan: weights to borrowers, and their gradients the same way back.
+
+Letters: P ranks of the expert-parallel group, M native experts a rank, F foreign experts of this
+rank in one plan, W numbers in one expert's weights, L numbers of this rank's lent experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_llep.lending.packing import (
+    Weights,
+    count_by_peer,
+    count_numbers,
+    find_parts,
+    make_buffers,
+    pack,
+    sum_shards,
+    unpack,
+)
+from megatron_llep.lending.pending import PendingExchanges
+from megatron_llep.lending.shared import SharedLending
+from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers
+
+Buffers = tuple[torch.Tensor, torch.Tensor]
+"""What is sent in an exchange, and what is received."""
+
+
+class LoanExchanges:
+    """Starts a loan's exchanges, and says what is in them."""
+
+    def __init__(
+        self,
+        transfers: RankTransfers,
+        shapes: Sequence[torch.Size],
+        *,
+        group: dist.ProcessGroup,
+        shared: SharedLending,
+        note_bytes: Callable[[int, int], None],
+    ):
+        """See the class.
+
+        Args:
+            transfers: this rank's.
+            shapes: of one expert's weights.
+            group: the P ranks.
+            shared: says on which stream they run.
+            note_bytes: called at each exchange with the bytes this rank sends and receives.
+        """
+        self._transfers = transfers
+        self._shapes = shapes
+        self._width = sum(shape.numel() for shape in shapes)  # W
+        self._group = group
+        self._shared = shared
+        self._note_bytes = note_bytes
+
+    def start_fetch(self, natives: Sequence[Weights], slots: torch.Tensor) -> PendingExchanges:
+        """Start to send those lent of the M natives, and to fill the slots [F * W]."""
+        first, *second = self._transfers.exchanges
+        buffers = [make_buffers(first, slots, incoming=slots if self._arrives_whole() else None)]
+        buffers += [make_buffers(exchange, slots) for exchange in second]
+        return self._start(self._fetch(natives, slots, buffers), buffers)
+
+    def start_return(
+        self, grads: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[PendingExchanges, torch.Tensor]:
+        """Start to send the gradients of foreign experts home.
+
+        Args:
+            grads: [F * W]. Sums of shards take the place of this rank's.
+            dtype: in which they travel.
+
+        Returns:
+            What is in flight, and [L], what it brings: by the pieces that the fetch sends first.
+        """
+        first, *second = (exchange.reverse() for exchange in self._transfers.exchanges)
+        like = grads.new_empty(0, dtype=dtype)
+        buffers = [make_buffers(exchange, like) for exchange in second]
+        as_they_are = self._arrives_whole() and grads.dtype == dtype
+        buffers.append(make_buffers(first, like, outgoing=grads if as_they_are else None))
+        sums = grads.new_empty(count_numbers(self._find_own_shards()))
+        pending = self._start(self._return(grads, buffers, sums), [*buffers, (sums,)])
+        return pending, buffers[-1][1]
+
+    def _start(
+        self, steps: Iterator[dist.Work], buffers: Sequence[tuple[torch.Tensor, ...]]
+    ) -> PendingExchanges:
+        flat = [tensor for each in buffers for tensor in each]
+        stream = self._shared.stream_on(flat[0].device)
+        return PendingExchanges(steps, flat, stream=stream, progress=self._shared.progress)
+
+    def _fetch(
+        self, natives: Sequence[Weights], slots: torch.Tensor, buffers: list[Buffers]
+    ) -> Iterator[dist.Work]:
+        """Pack native experts, exchange, put what came into the slots; then shards, if any."""
+        first, *second = self._transfers.exchanges
+        outgoing, incoming = buffers[0]
+        parts = [
+            natives[piece.expert][i].detach().reshape(-1)[where]
+            for piece in first.sends
+            for i, where in find_parts(piece, self._shapes)
+        ]
+        if parts:
+            torch.cat(parts, out=outgoing)
+        yield self._exchange(first, outgoing, incoming)
+        if incoming is not slots:
+            unpack(incoming, first.receives, slots, self._width)
+        for exchange, (outgoing, incoming) in zip(second, buffers[1:], strict=True):
+            pack(slots, exchange.sends, outgoing, self._width)
+            yield self._exchange(exchange, outgoing, incoming)
+            unpack(incoming, exchange.receives, slots, self._width)
+
+    def _return(
+        self, grads: torch.Tensor, buffers: list[Buffers], sums: torch.Tensor
+    ) -> Iterator[dist.Work]:
+        """The way back of `_fetch`: shards of gradients to those who sum them, then home."""
+        first, *second = (exchange.reverse() for exchange in self._transfers.exchanges)
+        for exchange, (outgoing, incoming) in zip(second, buffers[:-1], strict=True):
+            pack(grads, exchange.sends, outgoing, self._width)
+            yield self._exchange(exchange, outgoing, incoming)
+            sum_shards(
+                grads,
+                self._find_own_shards(),
+                incoming,
+                exchange.receives,
+                sums,
+                rank=dist.get_rank(self._group),
+                width=self._width,
+            )
+        outgoing, incoming = buffers[-1]
+        if outgoing is not grads:
+            pack(grads, first.sends, outgoing, self._width)
+        yield self._exchange(first, outgoing, incoming)
+
+    def _exchange(
+        self, exchange: Exchange, outgoing: torch.Tensor, incoming: torch.Tensor
+    ) -> dist.Work:
+        """Start one all-to-all."""
+        num_ranks = dist.get_world_size(self._group)
+        self._note_bytes(outgoing.nbytes, incoming.nbytes)
+        return dist.all_to_all_single(
+            incoming,
+            outgoing,
+            output_split_sizes=count_by_peer(exchange.receives, num_ranks),
+            input_split_sizes=count_by_peer(exchange.sends, num_ranks),
+            group=self._group,
+            async_op=True,
+        )
+
+    def _arrives_whole(self) -> bool:
+        """Whether this rank borrows no expert in shards: what comes is what the slots hold."""
+        return not any(exchange.receives for exchange in self._transfers.exchanges[1:])
+
+    def _find_own_shards(self) -> list[Piece]:
+        """The shard of each foreign expert that comes in shards which its home sends here."""
+        in_shards = {piece.expert for each in self._transfers.exchanges[1:] for piece in each.sends}
+        return [
+            piece for piece in self._transfers.exchanges[0].receives if piece.expert in in_shards
+        ]
