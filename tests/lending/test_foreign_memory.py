@@ -11,7 +11,7 @@ from support.layout import Layout
 from support.llep import EAGER, assert_same_run, train_with_llep
 from support.ranks import run_ranks
 from support.routing import Routing
-from support.training import Run, train
+from support.training import Chunks, Run, train
 
 
 class LiveBytes:
@@ -90,6 +90,26 @@ def test_memory_is_bounded_by_one_layer():
     # experts of layers 0, 1, 3 and 6 are rank 0's, of the others rank 1's.
     assert [peak / largest for peak, _, largest in kept] == [2, 6, 3, 1]
     assert all(at_end == 0 for _, at_end, _ in kept), "foreign weights leak"
+
+
+def test_frozen_experts_leave_nothing_behind():
+    """No gradient returns; the weights are let go of in backward all the same."""
+
+    def freeze(chunks: Chunks) -> None:
+        for name, parameter in chunks[0].named_parameters():
+            parameter.requires_grad_(".experts." not in name)
+
+    run = Run(
+        layout=Layout(ep=2),
+        routing=Routing("natural"),
+        steps=1,
+        micro_batches=2,
+        prepare=freeze,
+        config={"num_layers": 4},
+    )
+    for peak, at_end, largest in run_and_measure(run, "refetch"):
+        assert peak <= largest
+        assert at_end == 0
 
 
 @pytest.mark.parametrize("foreign_weights", ["keep", "refetch"])
