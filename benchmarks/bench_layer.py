@@ -9,7 +9,6 @@ workload, all variants run in alternation. Writes JSON and a picture. CPU and gl
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import tempfile
@@ -18,14 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from layer_ranks import BALANCED, PLAIN, Job, run_ranks
-from layer_report import Row, draw, format_table, make_rows
 
+# As a script this file has its own folder on the path alone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.layer_ranks import BALANCED, PLAIN, Job, measure_ranks
+from benchmarks.layer_report import draw, format_rows, make_rows
 from megatron_llep.config import LLEPConfig
 from megatron_llep.offline.calibration.build import build_cost_model
 from megatron_llep.offline.calibration.measure import CPU_SIZES, choose_sizes, measure
 from megatron_llep.offline.calibration.planning import time_planning
 from megatron_llep.offline.machine import describe_machine
+from megatron_llep.offline.report.results import write_results
 from megatron_llep.offline.workloads import get_workload
 from megatron_llep.planner.cost.model import LayerCost, LayerShape
 from megatron_llep.planner.cost.presets import get_cost_model
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rounds=args.rounds,
             seed=args.seed,
         )
-        found = run_ranks(job)
+        found = measure_ranks(job)
     shape = LayerShape(
         hidden=sizes["hidden"],
         ffn_hidden=sizes["ffn_hidden"],
@@ -74,17 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         bytes_per_element=4,
     )
     rows = make_rows(job, found, LayerCost(model=model, shape=shape))
-    print(format_table(rows))
+    print(format_rows(rows))
     results = {
-        "machine": machine,
         "sizes": sizes,
         "rounds": args.rounds,
         "seed": args.seed,
         "cost_model": dataclasses.asdict(model),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    _write(args.output, results, rows, f"{machine}; {_describe(sizes)}")
+    write_results(args.output / "layer.json", results, machine=machine)
+    draw(rows, f"{machine}; {_describe(sizes)}", args.output / "layer.png")
     print(f"{args.output / 'layer.json'}, layer.png   ({time.perf_counter() - start:.0f} s)")
     return 0
 
@@ -132,11 +134,6 @@ def _describe(sizes: dict[str, int]) -> str:
         f"hidden {sizes['hidden']}, expert {sizes['ffn_hidden']}, {sizes['num_experts']} experts, "
         f"{sizes['tokens_per_rank']} tokens a rank, top-1, fp32, gloo"
     )
-
-
-def _write(folder: Path, results: dict, rows: list[Row], caption: str) -> None:
-    (folder / "layer.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(rows, caption, folder / "layer.png")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from megatron_llep.offline.lp import lp_quota, solve_lp
-from megatron_llep.offline.machine import describe_machine
+from megatron_llep.offline.report.results import write_results
 from megatron_llep.offline.simulator.eplb import place_replicas, spread_evenly
+from megatron_llep.offline.timing import median_seconds
 from megatron_llep.offline.workloads import WORKLOADS, Workload, make_counts
 from megatron_llep.planner import Plan, imbalance_of, make_plan, plan_from_quota
 from megatron_llep.planner.cost.traffic import count_tokens
@@ -140,7 +140,7 @@ def _measure_seed(counts: np.ndarray, recent: np.ndarray) -> dict[str, dict[str,
         "tolerant": planner("tolerant"),
         "tolerant-0": planner("tolerant", 0.0),
     }
-    found = {name: _describe(make(), counts, _median_seconds(make)) for name, make in plans.items()}
+    found = {name: _describe(make(), counts, make) for name, make in plans.items()}
 
     as_list = loads.tolist()
 
@@ -148,7 +148,7 @@ def _measure_seed(counts: np.ndarray, recent: np.ndarray) -> dict[str, dict[str,
         return published_quota(as_list, P, 1.0, 1)
 
     plan = plan_from_quota(published())
-    found["published"] = _describe(plan, counts, _median_seconds(published))
+    found["published"] = _describe(plan, counts, published)
 
     tolerant = plans["tolerant"]()
     holders = tolerant.quota > 0
@@ -156,7 +156,7 @@ def _measure_seed(counts: np.ndarray, recent: np.ndarray) -> dict[str, dict[str,
     found["lp"] = _describe(
         plan_from_quota(lp_quota(loads, holders)),
         counts,
-        _median_seconds(lambda: lp_quota(loads, holders)),
+        lambda: lp_quota(loads, holders),
     )
     found["lp"]["imbalance"] = solve_lp(loads, holders) * P / int(loads.sum())
 
@@ -164,31 +164,23 @@ def _measure_seed(counts: np.ndarray, recent: np.ndarray) -> dict[str, dict[str,
         return place_replicas(recent, P, E // P + SPARE_SLOTS)
 
     placed = place()
-    row = _describe(plan_from_quota(spread_evenly(loads, placed)), counts, _median_seconds(place))
+    row = _describe(plan_from_quota(spread_evenly(loads, placed)), counts, place)
     home = np.zeros_like(placed)
     home[np.arange(E), np.arange(E) // (E // P)] = 1
     row |= {"moved": float(((placed > 0) & (home == 0)).sum()), "slots": SPARE_SLOTS}
     return found | {"eplb": row}
 
 
-def _describe(plan: Plan, counts: np.ndarray, seconds: float) -> dict[str, float]:
+def _describe(plan: Plan, counts: np.ndarray, make: Callable[[], object]) -> dict[str, float]:
+    """Of a plan for counts [P, E]; `make` is what is timed."""
     tokens = count_tokens(plan, counts, Topology())[:, 0].sum()
     return {
         "imbalance": plan.imbalance_after,
         "moved": len(plan.transfers),
         "slots": plan.max_foreign,
         "token_gigabytes": float(tokens) * TOKEN_BYTES / 1e9,
-        "seconds": seconds,
+        "seconds": median_seconds(make, REPEATS),
     }
-
-
-def _median_seconds(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def format_case(case: dict[str, Any]) -> list[str]:
@@ -236,9 +228,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         cases = [measure_case(P, E, routing) for P, E in SIZES for routing in ROUTINGS]
-        record = {"machine": describe_machine(), "cases": cases}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        write_results(RESULTS, {"cases": cases})
     page = format_page(json.loads(RESULTS.read_text()))
     RESULTS.with_suffix(".md").write_text(page)
     print(page, end="")

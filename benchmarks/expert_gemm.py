@@ -11,18 +11,23 @@ Letters: M experts, n rows of each on average, H hidden size, F size of an exper
 """
 
 import argparse
-import json
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_llep.device import use_cpu_if_no_gpu
 from megatron_llep.offline.machine import describe_machine
+from megatron_llep.offline.report.progress import start_progress
+from megatron_llep.offline.report.results import write_results
+from megatron_llep.offline.report.table import format_table
+from megatron_llep.offline.timing import take_turns
 
 RESULTS = Path(__file__).parent / "results" / "expert_gemm.json"
 SHAPES = (
@@ -55,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     start_megatron()
     rows = []
-    for shape in SHAPES[: args.shapes]:
-        for dtype in DTYPES:
-            rows.append(measure(shape, dtype, args.rounds))
-            print(describe(rows[-1]), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    results = {"machine": machine, "rounds": args.rounds, "rows": rows}
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    cases = list(itertools.product(SHAPES[: args.shapes], DTYPES))
+    advance = start_progress(len(cases), "measuring")
+    for shape, dtype in cases:
+        rows.append(measure(shape, dtype, args.rounds))
+        advance()
+    print(format_table(make_table(rows)))
+    write_results(args.output, {"rounds": args.rounds, "rows": rows}, machine=machine)
     dist.destroy_process_group()
     return 0
 
@@ -75,7 +80,7 @@ def start_megatron() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def measure(shape: tuple[int, int, int, int], dtype: str, rounds: int) -> dict[str, object]:
+def measure(shape: tuple[int, int, int, int], dtype: str, rounds: int) -> dict[str, Any]:
     """Time all variants of one size in alternation."""
     M, n, H, F = shape
     # Skewed, as routing is: some experts have no row.
@@ -89,14 +94,12 @@ def measure(shape: tuple[int, int, int, int], dtype: str, rounds: int) -> dict[s
         name: build_step(name, shape, DTYPES[dtype], hidden, sizes, probs) for name in VARIANTS
     }
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for turn in range(2 + rounds):
-        shift = turn % len(VARIANTS)
-        for name in VARIANTS[shift:] + VARIANTS[:shift]:
-            start = time.perf_counter()
-            steps[name]()
-            if turn >= 2:  # the first two warm up
-                seconds[name].append(time.perf_counter() - start)
-    row: dict[str, object] = {"M": M, "n": n, "H": H, "F": F, "dtype": dtype}
+    for name, counts in take_turns(VARIANTS, rounds, warm_up=2):
+        start = time.perf_counter()
+        steps[name]()
+        if counts:
+            seconds[name].append(time.perf_counter() - start)
+    row: dict[str, Any] = {"M": M, "n": n, "H": H, "F": F, "dtype": dtype}
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(seconds["sequential"], times, strict=True)]
         row[name] = {
@@ -163,18 +166,19 @@ def build_step(
     return step
 
 
-def describe(row: dict[str, object]) -> str:
-    """One line of the table."""
-    parts = [f"M={row['M']} n={row['n']} H={row['H']} F={row['F']} {row['dtype']}:"]
-    for name in VARIANTS:
-        found = row[name]
-        assert isinstance(found, dict)
-        low, high = found["speed_up_quartiles"]
-        parts.append(
-            f"{name} {found['milliseconds']:.2f} ms"
-            + ("" if name == "sequential" else f" ({found['speed_up']:.2f}x, {low:.2f}-{high:.2f})")
-        )
-    return "  ".join(parts)
+def make_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Milliseconds of each variant and, with its quartiles, the speed-up over the first one."""
+    table = [["M, n, H, F, dtype", *(f"{name}, ms" for name in VARIANTS)]]
+    for row in rows:
+        cells = [f"{row['M']}, {row['n']}, {row['H']}, {row['F']}, {row['dtype']}"]
+        for name in VARIANTS:
+            low, high = row[name]["speed_up_quartiles"]
+            cell = f"{row[name]['milliseconds']:.2f}"
+            if name != VARIANTS[0]:
+                cell += f" ({row[name]['speed_up']:.2f}x, {low:.2f}-{high:.2f})"
+            cells.append(cell)
+        table.append(cells)
+    return table
 
 
 if __name__ == "__main__":

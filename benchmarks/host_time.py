@@ -13,9 +13,10 @@ Letters: P ranks, E experts.
 
 import contextlib
 import gc
-import json
+import itertools
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.device import use_cpu_if_no_gpu
-from megatron_llep.offline.machine import describe_machine
+from megatron_llep.offline.report.progress import start_progress
+from megatron_llep.offline.report.results import write_results
+from megatron_llep.offline.report.table import format_table
 from megatron_llep.offline.workloads import route_tokens
+
+# As a script this file has its own folder on the path alone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RESULTS = Path(__file__).parent / "results" / "host_time.json"
 P, TOKENS = 8, 256
@@ -44,33 +50,24 @@ def measure(
     experts: tuple[int, ...] = EXPERTS, gemms: tuple[str, ...] = GEMMS, runs: int = RUNS
 ) -> list[dict[str, Any]]:
     """One row for each number of experts, way to compute them, and workload: medians."""
-    from layer_case import BenchLayer, Sizes
+    from benchmarks.layer_case import BenchLayer, Sizes
 
     rows = []
+    advance = start_progress(len(experts) * len(gemms) * len(WORKLOADS), "running the layer")
     with _be_one_rank():
-        for E in experts:
+        for E, gemm in itertools.product(experts, gemms):
             sizes = Sizes(
                 num_ranks=P, hidden=16, ffn_hidden=16, num_experts=E, tokens_per_rank=TOKENS
             )
-            for gemm in gemms:
-                layer = BenchLayer(sizes, 0, LLEPConfig(expert_gemm=gemm))
-                for workload in WORKLOADS:
-                    routed = route_tokens(
-                        workload,
-                        num_ranks=P,
-                        num_experts=E,
-                        tokens_per_rank=TOKENS,
-                        top_k=1,
-                        rank=0,
-                    )
-                    layer.route(torch.from_numpy(routed))
-                    found = _time(layer, runs)
-                    rows.append({"num_experts": E, "experts": gemm, "workload": workload, **found})
-                    print(
-                        "E={num_experts:<4} {experts:10} {workload:12} plan {plan_us:6.1f} us, "
-                        "in all {all_us:6.1f} us  ({lent} lent)".format(**rows[-1]),
-                        flush=True,
-                    )
+            layer = BenchLayer(sizes, 0, LLEPConfig(expert_gemm=gemm))
+            for workload in WORKLOADS:
+                routed = route_tokens(
+                    workload, num_ranks=P, num_experts=E, tokens_per_rank=TOKENS, top_k=1, rank=0
+                )
+                layer.route(torch.from_numpy(routed))
+                found = _time(layer, runs)
+                rows.append({"num_experts": E, "experts": gemm, "workload": workload, **found})
+                advance()
     return rows
 
 
@@ -78,24 +75,20 @@ def _time(layer: Any, runs: int) -> dict[str, Any]:
     """Microseconds to plan, and from the counts to the exchange; after some runs to warm up."""
     dispatcher = layer.module.token_dispatcher
     marks: dict[str, Any] = {}
-    decide, exchange = dispatcher.decide, dispatcher.token_dispatch
+    exchange = dispatcher.token_dispatch
 
-    def decide_and_mark(*args: Any) -> Any:
-        decision = decide(*args)
-        marks["lent"] = len(decision.plan.transfers)
-        marks["plan"] = decision.plan_seconds
-        marks["start"] = time.perf_counter() - decision.plan_seconds
-        return decision
+    def mark(planned: Any) -> None:
+        marks["lent"] = len(planned.plan.transfers)
+        marks["plan"] = planned.plan_seconds
+        marks["start"] = time.perf_counter() - planned.plan_seconds
 
     def mark_and_exchange(*args: Any) -> Any:
         marks["all"] = time.perf_counter() - marks["start"]
         return exchange(*args)
 
     taken: dict[str, list[float]] = {"plan": [], "all": []}
-    with (
-        mock.patch.object(dispatcher, "decide", decide_and_mark),
-        mock.patch.object(dispatcher, "token_dispatch", mark_and_exchange),
-    ):
+    dispatcher.on_plan.append(mark)
+    with mock.patch.object(dispatcher, "token_dispatch", mark_and_exchange):
         for run in range(10 + runs):
             layer.run()
             for name in taken if run >= 10 else ():
@@ -140,13 +133,14 @@ def _be_one_rank() -> Iterator[None]:
 
 
 def main() -> None:
-    """Pin this process to one core, measure, save."""
+    """Pin this process to one core, measure, print, save."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     use_cpu_if_no_gpu()
     gc.disable()
-    result = {"machine": describe_machine(), "torch": torch.__version__, "rows": measure()}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    rows = measure()
+    print(format_table([list(rows[0]), *(list(row.values()) for row in rows)], "><<>"))
+    write_results(RESULTS, {"torch": torch.__version__, "rows": rows})
     print(f"-> {RESULTS}")
 
 

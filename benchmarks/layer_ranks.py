@@ -2,11 +2,9 @@
 
 import gc
 import os
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,8 @@ from megatron_llep.device.memory import (
     get_resident_bytes,
     reset_peak_resident_bytes,
 )
+from megatron_llep.offline.ranks import run_ranks
+from megatron_llep.offline.timing import take_turns
 from megatron_llep.offline.workloads import make_counts, route_tokens
 from megatron_llep.planner import Plan, make_plan, sends
 
@@ -62,7 +62,7 @@ class Found:
     """Of the LLEP variants."""
 
 
-def run_ranks(job: Job) -> list[Found]:
+def measure_ranks(job: Job) -> list[Found]:
     """Measure times, then, in new processes, memory; results in rank order.
 
     Raises:
@@ -71,39 +71,27 @@ def run_ranks(job: Job) -> list[Found]:
     P, cores = job.sizes["num_ranks"], len(os.sched_getaffinity(0))
     if cores < P:
         raise ValueError(f"{P} ranks need a core each, this process may use {cores}")
-    timed = _spawn(job, P, "time", _KEEP_MEMORY)
-    weighed = _spawn(job, P, "memory", _GIVE_BACK)
+    timed = _start(_take_times, job, _KEEP_MEMORY)
+    weighed = _start(_weigh, job, _GIVE_BACK)
     return [
         Found(seconds=a.seconds, plans=a.plans, peak_bytes=b.peak_bytes)
         for a, b in zip(timed, weighed, strict=True)
     ]
 
 
-def _spawn(job: Job, world: int, what: str, allocator: dict[str, str]) -> list[Found]:
+def _start(
+    measure: Callable[[int, Job], Found], job: Job, allocator: dict[str, str]
+) -> list[Found]:
     """Run all ranks; `allocator` are variables that the C library reads when a process starts."""
     os.environ |= allocator
     try:
-        return _spawn_and_wait(job, world, what)
+        return run_ranks(_be_a_rank, job.sizes["num_ranks"], job, measure)
     finally:
         for name in allocator:
             del os.environ[name]
 
 
-def _spawn_and_wait(job: Job, world: int, what: str) -> list[Found]:
-    context = torch.multiprocessing.get_context("spawn")
-    queues = [context.SimpleQueue() for _ in range(world)]
-    with tempfile.TemporaryDirectory() as folder:
-        processes = torch.multiprocessing.spawn(
-            _be_a_rank, (job, what, Path(folder) / "store", queues), nprocs=world, join=False
-        )
-        found = []
-        while not processes.join(timeout=0.1, grace_period=1):
-            found += [queue.get() for queue in queues if not queue.empty()]
-    found += [queue.get() for queue in queues if not queue.empty()]
-    return [each for _, each in sorted(found, key=lambda pair: pair[0])]
-
-
-def _be_a_rank(rank: int, job: Job, what: str, store: Path, queues: Sequence[SimpleQueue]) -> None:
+def _be_a_rank(rank: int, store: Path, job: Job, measure: Callable[[int, Job], Found]) -> Found:
     os.environ |= {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
@@ -117,16 +105,16 @@ def _be_a_rank(rank: int, job: Job, what: str, store: Path, queues: Sequence[Sim
         expert_model_parallel_size=world, create_gloo_process_groups=False
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    found = _take_times(rank, job) if what == "time" else _weigh(rank, job)
-    queues[rank].put((rank, found))
+    found = measure(rank, job)
     dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    return found
 
 
 def _take_times(rank: int, job: Job) -> Found:
     """Every variant in every round, beginning with another one each time."""
-    from layer_case import BenchLayer, Sizes
+    from benchmarks.layer_case import BenchLayer, Sizes
 
     sizes = Sizes(**job.sizes)
     layers = {name: BenchLayer(sizes, rank, llep) for name, llep in job.variants.items()}
@@ -145,15 +133,13 @@ def _take_times(rank: int, job: Job) -> Found:
                 found.plans[workload, name] = planned.plan
         layers[LIMIT].route(choose_as_if_lent(rank, job, workload))
         found.seconds.update({(workload, name): [] for name in names})
-        for turn in range(1 + job.rounds):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
-                dist.barrier()
-                start = time.perf_counter()
-                layers[name].run()
-                taken = time.perf_counter() - start
-                if turn:  # the first one warms up
-                    found.seconds[workload, name].append(taken)
+        for name, counts in take_turns(names, job.rounds):
+            dist.barrier()
+            start = time.perf_counter()
+            layers[name].run()
+            taken = time.perf_counter() - start
+            if counts:
+                found.seconds[workload, name].append(taken)
         if rank == 0:
             print(f"{workload}: {time.perf_counter() - started:.0f} s", flush=True)
     return found
@@ -161,7 +147,7 @@ def _take_times(rank: int, job: Job) -> Found:
 
 def _weigh(rank: int, job: Job) -> Found:
     """One variant at a time: the process holds its layer and nothing else of the benchmark."""
-    from layer_case import BenchLayer, Sizes
+    from benchmarks.layer_case import BenchLayer, Sizes
 
     sizes = Sizes(**job.sizes)
     BenchLayer(Sizes(**job.sizes | {"hidden": 16, "ffn_hidden": 16}), rank, None).run()

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layer_ranks import BALANCED, LIMIT, PLAIN, Found, Job
-
+from benchmarks.layer_ranks import BALANCED, LIMIT, PLAIN, Found, Job
+from megatron_llep.offline.report import figure as look
+from megatron_llep.offline.report.table import format_table
 from megatron_llep.offline.workloads import get_workload, make_counts
 from megatron_llep.planner import Plan, make_plan
 from megatron_llep.planner.cost.model import EXCHANGES, LayerCost
@@ -85,34 +86,33 @@ def make_rows(job: Job, found: Sequence[Found], cost: LayerCost) -> list[Row]:
     return rows
 
 
-def format_table(rows: Sequence[Row]) -> str:
+def format_rows(rows: Sequence[Row]) -> str:
     """The rows as text."""
-    lines = [
-        f"{'':20}{'time':>8}{'speed-up':>10}{'':>18}{'/bal.':>7}{'peak memory':>16}"
-        f"{'on the wire, MB':>27}{'':>7}",
-        f"{'workload, variant':20}{'ms':>8}{'measured':>10}{'limit':>7}{'predicted':>11}{'time':>7}"
-        f"{'MiB':>8}{'/bal.':>8}{'tokens':>11}{'weights':>8}{'grads':>8}{'lent':>7}",
-    ]
+    head = "workload, variant;ms;speed-up;limit;predicted;ms / bal.;MiB;MiB / bal."
+    lines = [[*head.split(";"), "tokens MB", "weights MB", "grads MB", "lent"]]
     for row in rows:
         if row.variant == PLAIN:
-            lines.append(f"{row.workload}")
+            lines.append([row.workload])
         lines.append(
-            f"  {row.variant:18}{row.seconds * 1e3:8.0f}{row.speedup:10.2f}{row.limit:7.2f}"
-            f"{row.predicted_speedup:11.2f}{row.to_balanced:7.2f}"
-            f"{row.peak_bytes / 2**20:8.0f}{row.peak_to_balanced:8.2f}"
-            f"{row.token_bytes / 1e6:11.1f}{row.lent_bytes / 1e6:8.1f}"
-            f"{row.returned_bytes / 1e6:8.1f}{row.lent_experts:7}"
+            [
+                f"  {row.variant}",
+                f"{row.seconds * 1e3:.0f}",
+                *(f"{x:.2f}" for x in (row.speedup, row.limit, row.predicted_speedup)),
+                f"{row.to_balanced:.2f}",
+                f"{row.peak_bytes / 2**20:.0f}",
+                f"{row.peak_to_balanced:.2f}",
+                *(f"{x / 1e6:.1f}" for x in (row.token_bytes, row.lent_bytes, row.returned_bytes)),
+                str(row.lent_experts),
+            ]
         )
     errors = [abs(r.predicted_speedup / r.speedup - 1) for r in rows if r.variant != PLAIN]
-    lines.append(
+    return (
+        f"{format_table(lines)}\n"
         "limit: plain EP, in the same rounds, whose router balances the ranks as `exact` does: "
-        "the same work, nothing lent"
-    )
-    lines.append(
+        "the same work, nothing lent. MB: on the wire. MiB: peak memory. bal.: balanced\n"
         f"predicted against measured speed-up: {statistics.median(errors):.1%} off in the median, "
         f"{max(errors):.1%} at worst"
     )
-    return "\n".join(lines)
 
 
 def draw(rows: Sequence[Row], caption: str, path: Path) -> None:
@@ -121,48 +121,35 @@ def draw(rows: Sequence[Row], caption: str, path: Path) -> None:
     Raises:
         ImportError: matplotlib is missing; names the extra.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install '.[plot]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     workloads = list(dict.fromkeys(row.workload for row in rows))
-    variants = list(dict.fromkeys(row.variant for row in rows))
-    table = {(row.workload, row.variant): row for row in rows}
-    colors = ["#d1603d", "#1d6a96", "#5fa3c7", "#8a9a5b", "#7b5ea7", "#c2a83e"]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6.5), sharex=True, layout="constrained")
-    width = 0.8 / len(variants)
-    for i, variant in enumerate(variants):
-        of = [table[workload, variant] for workload in workloads]
-        x = [place + (i - (len(variants) - 1) / 2) * width for place in range(len(workloads))]
-        name = "plain EP" if variant == PLAIN else f"LLEP, {variant}"
-        color = colors[i % len(colors)]
-        top.bar(x, [row.speedup for row in of], width * 0.92, color=color, label=name)
-        bottom.bar(x, [row.peak_to_balanced for row in of], width * 0.92, color=color)
-        if variant != PLAIN:
-            predicted = [row.predicted_speedup for row in of]
-            label = "predicted by the cost model" if i == len(variants) - 1 else None
-            top.plot(x, predicted, "_", color="#333333", markersize=8, label=label)
-    for place, workload in enumerate(workloads):
-        limit = table[workload, PLAIN].limit
-        label = "limit: as if lending were free, same rounds" if place == 0 else None
-        ends = (place - 0.42, place + 0.42)
-        top.plot(ends, (limit, limit), ":", color="#555555", linewidth=1.2, label=label)
-    top.set_ylabel("speed-up over plain EP")
-    bottom.set_ylabel("peak memory of the worst rank\n/ plain EP, balanced")
-    labels = [f"{name}\n{_explain(name)}" for name in workloads]
-    bottom.set_xticks(range(len(workloads)), labels, fontsize=8)
-    for axes in (top, bottom):
-        axes.axhline(1, color="#bbbbbb", linewidth=1, zorder=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    top.legend(frameon=False, ncols=3, fontsize=9, loc="upper left")
-    top.set_ylim(0, max(row.speedup for row in rows) * 1.3)
-    figure.suptitle("One MoE layer of Megatron-core, forward and backward, EP = 2", fontsize=12)
-    figure.supxlabel(caption, fontsize=7, color="#666666")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        name = "plain EP" if row.variant == PLAIN else f"LLEP, {row.variant}"
+        by_name.setdefault(name, []).append(row)
+    colors = (look.PLAIN, *look.METHODS)
+    speedups = {name: [row.speedup for row in of_one] for name, of_one in by_name.items()}
+    peaks = {name: [row.peak_to_balanced for row in of_one] for name, of_one in by_name.items()}
+    with look.open_figure(path, (9, 6.5), rows=2, sharex=True) as (figure, axes):
+        top, bottom = axes.flat
+        places = look.draw_bars(top, speedups, colors)
+        look.draw_bars(bottom, peaks, colors)
+        label = "predicted by the cost model"
+        for name, of_one in list(by_name.items())[1:]:
+            predicted = [row.predicted_speedup for row in of_one]
+            top.plot(places[name], predicted, "_", color=look.INK, markersize=8, label=label)
+            label = None
+        label = "limit: as if lending were free, same rounds"
+        for place, row in enumerate(by_name["plain EP"]):
+            ends = (place - 0.42, place + 0.42)
+            top.plot(ends, (row.limit, row.limit), ":", color="#555555", lw=1.2, label=label)
+            label = None
+        top.set(ylabel="speed-up over plain EP", ylim=(0, max(row.speedup for row in rows) * 1.3))
+        top.legend(ncols=3, fontsize=9, loc="upper left")
+        bottom.set_ylabel("peak memory of the worst rank\n/ plain EP, balanced")
+        labels = [f"{name}\n{_explain(name)}" for name in workloads]
+        bottom.set_xticks(range(len(workloads)), labels, fontsize=8)
+        figure.suptitle("One MoE layer of Megatron-core, forward and backward, EP = 2", size=12)
+        figure.supxlabel(caption, fontsize=7, color="#666666")
 
 
 def _explain(workload: str) -> str:

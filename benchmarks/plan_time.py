@@ -10,7 +10,7 @@ Shape letters: P ranks, E experts.
 """
 
 import gc
-import json
+import itertools
 import os
 import statistics
 import time
@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_llep.offline.machine import describe_machine
+from megatron_llep.offline.report.progress import start_progress
+from megatron_llep.offline.report.results import write_results
+from megatron_llep.offline.report.table import format_table
 from megatron_llep.offline.workloads import make_counts
 from megatron_llep.planner import Plan, make_plan
 
@@ -54,42 +56,38 @@ def time_median(counts: np.ndarray, planner: str) -> float:
 def measure() -> list[dict[str, object]]:
     """One row for each planner, size and workload; the median over seeds."""
     rows: list[dict[str, object]] = []
-    for P, E in SIZES:
-        for workload in WORKLOADS:
-            tables = [
-                make_counts(
-                    workload, num_ranks=P, num_experts=E, tokens_per_rank=8192, top_k=4, seed=seed
-                )
-                for seed in SEEDS
-            ]
-            for planner in PLANNERS:
-                plans = [plan_once(counts, planner) for counts in tables]
-                times = [time_median(counts, planner) for counts in tables]
-                rows.append(
-                    {
-                        "planner": planner,
-                        "num_ranks": P,
-                        "num_experts": E,
-                        "workload": workload,
-                        "microseconds": round(statistics.median(times) * 1e6, 1),
-                        "transfers": statistics.median(len(plan.transfers) for plan in plans),
-                    }
-                )
-                print(
-                    "{planner:9} P={num_ranks:<4} E={num_experts:<4} {workload:12} "
-                    "{microseconds:8.1f} us  {transfers:6.1f} lent".format(**rows[-1]),
-                    flush=True,
-                )
+    cases = list(itertools.product(SIZES, WORKLOADS, PLANNERS))
+    advance = start_progress(len(cases), "planning")
+    for (P, E), workload, planner in cases:
+        tables = [
+            make_counts(
+                workload, num_ranks=P, num_experts=E, tokens_per_rank=8192, top_k=4, seed=seed
+            )
+            for seed in SEEDS
+        ]
+        plans = [plan_once(counts, planner) for counts in tables]
+        times = [time_median(counts, planner) for counts in tables]
+        rows.append(
+            {
+                "planner": planner,
+                "num_ranks": P,
+                "num_experts": E,
+                "workload": workload,
+                "microseconds": round(statistics.median(times) * 1e6, 1),
+                "transfers": statistics.median(len(plan.transfers) for plan in plans),
+            }
+        )
+        advance()
     return rows
 
 
 def main() -> None:
-    """Pin this process to one core, measure, save."""
+    """Pin this process to one core, measure, print, save."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     gc.disable()
-    RESULTS.parent.mkdir(exist_ok=True)
-    result = {"machine": describe_machine(), "numpy": np.__version__, "rows": measure()}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    rows = measure()
+    print(format_table([list(rows[0]), *(list(row.values()) for row in rows)], "<>><>"))
+    write_results(RESULTS, {"numpy": np.__version__, "rows": rows})
     print(f"-> {RESULTS}")
 
 

@@ -16,15 +16,14 @@ with --wandb-project, wandb runs in one group (offline, unless WANDB_MODE says o
 Exit code: 0 if the runs agree, 1 if they differ or a run fails, 2 for unusable options.
 """
 
-import signal
 import sys
 from pathlib import Path
 
 from megatron_llep.offline.compare.command import main
+from megatron_llep.offline.launch.execute import end_on_sigterm
 
 ROOT = Path(__file__).resolve().parents[1]
 
 if __name__ == "__main__":
-    # Turned into an exception, so that the processes of a run end with this one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_on_sigterm()
     sys.exit(main(sys.argv[1:], description=__doc__, launcher=ROOT / "tools" / "launch.py"))

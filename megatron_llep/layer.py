@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.dispatcher import LLEPTokenDispatcher
-from megatron_llep.experts import GroupedMM, make_lendable
+from megatron_llep.experts.grouped_mm import GroupedMM
+from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.lending.loan import WeightLoan
 from megatron_llep.lending.nodes import hold_grads, lend, refetch, relay, settle
 from megatron_llep.lending.ranges import step

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig, flag_of
-from megatron_llep.experts import make_lendable
+from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.planner.cost.presets import get_cost_model
 
 if TYPE_CHECKING:

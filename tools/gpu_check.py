@@ -17,41 +17,33 @@ options.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 # Where nothing can be installed, the package is the one beside this file.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from gpu_checks.correctness import check_correctness  # noqa: E402
-from gpu_checks.demands import DEFAULT_PLANNER, HOTTEST  # noqa: E402
-from gpu_checks.environment import list_gpus, list_missing, read_versions  # noqa: E402
-from gpu_checks.kernels import check_kernels  # noqa: E402
-from gpu_checks.paths import (  # noqa: E402
-    KINDS,
-    PathJob,
-    judge_memory,
-    judge_time,
-    list_kinds,
-    measure_paths,
-    shrink,
-)
-from gpu_checks.placement import check_placement  # noqa: E402
-from gpu_checks.section import Section, format_summary, run_section  # noqa: E402
+import torch
+from gpu_checks.correctness import check_correctness
+from gpu_checks.critical_path import PathJob, Row
+from gpu_checks.demands import BALANCED, DEFAULT_PLANNER, HOTTEST
+from gpu_checks.environment import list_missing
+from gpu_checks.kernels import check_kernels, check_placement
+from gpu_checks.paths import KINDS, judge_memory, judge_time, list_kinds, measure_paths, shrink
+from gpu_checks.section import Section, SkippedError, format_summary, run_section
 
-from megatron_llep.offline.machine import describe_machine  # noqa: E402
-from megatron_llep.offline.simulator.models import MODELS, ModelShape  # noqa: E402
-from megatron_llep.offline.workloads import PAPER_GRID, get_workload  # noqa: E402
-from megatron_llep.planner.cost.presets import get_cost_model  # noqa: E402
+from megatron_llep.offline.machine import describe_machine, list_gpus, read_versions
+from megatron_llep.offline.report.results import write_results
+from megatron_llep.offline.simulator.models import MODELS, ModelShape
+from megatron_llep.offline.workloads import PAPER_GRID, get_workload
+from megatron_llep.planner.cost.presets import get_cost_model
 
 SECTIONS = ("correctness", "placement", "kernels", "critical-path", "memory")
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_check.json"
 
 
@@ -73,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     for name, loss in missing.items():
         print(f"missing: {name}: {loss}")
-    sections = run_sections(args, job)
+    works = list_sections(args, job)
+    sections = [run_section(name.replace("-", " "), work) for name, work in works.items()]
     print(f"\n{format_summary(sections)}\n({time.perf_counter() - start:.0f} s in all)")
     if args.output is not None:
         results = {
-            "machine": describe_machine(),
             "gpus": list_gpus(),
             "versions": versions,
             "missing": sorted(missing),
@@ -90,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             "sections": [asdict(section) for section in sections],
         }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_results(args.output, results)
         print(args.output)
     return int(any(section.state == "FAILED" for section in sections))
 
@@ -101,32 +92,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument(
-        "--ep", nargs="+", type=int, default=[2, 4], help="correctness: expert-parallel sizes"
-    )
-    parser.add_argument(
-        "--models", nargs="+", choices=tuple(MODELS), default=list(MODELS), metavar="MODEL"
-    )
-    parser.add_argument(
-        "--tokens", type=int, help="a rank; default: as the paper, 32768 and 16384 by model"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    planners = ["tolerant", "exact", "lla"]
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    add("--ep", nargs="+", type=int, default=[2, 4], help="correctness: expert-parallel sizes")
+    add("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS), metavar="MODEL")
+    add("--tokens", type=int, help="a rank; default: as the paper, 32768 and 16384 by model")
+    add(
         "--workloads",
         nargs="+",
         default=list(PAPER_GRID),
         metavar="WORKLOAD",
         help="besides balanced; default: the paper's grid",
     )
-    parser.add_argument(
-        "--planners",
-        nargs="+",
-        choices=("tolerant", "exact", "lla"),
-        metavar="PLANNER",
-        default=["tolerant", "exact", "lla"],
-    )
-    parser.add_argument(
+    add("--planners", nargs="+", choices=planners, metavar="PLANNER", default=planners)
+    add(
         "--experts",
         nargs="+",
         choices=tuple(KINDS),
@@ -134,16 +115,14 @@ def build_parser() -> argparse.ArgumentParser:
         "experts apart, as LLEP runs them. one_slab: torch's, together. Default: grouped_mm, and "
         "te where it is installed",
     )
-    parser.add_argument(
+    add(
         "--cost-model",
         help="of the links: h100, h200 or a file that `calibrate` wrote; "
         "default: by the GPU's name",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="critical path: timed runs of each")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny shapes, one comparison: a trial run"
-    )
-    parser.add_argument(
+    add("--rounds", type=int, default=5, help="critical path: timed runs of each")
+    add("--quick", action="store_true", help="tiny shapes, one comparison: a trial run")
+    add(
         "--output",
         type=Path,
         metavar="FILE",
@@ -176,7 +155,7 @@ def make_path_job(args: argparse.Namespace) -> PathJob:
     return PathJob(
         models=tuple(models),
         kinds=tuple(args.experts or list_kinds()),
-        workloads=tuple(get_workload(name).name for name in args.workloads),
+        workloads=(BALANCED, *(get_workload(name).name for name in args.workloads)),
         planners=tuple(args.planners),
         cost=get_cost_model(args.cost_model or preset),
         device=torch.device(args.device),
@@ -190,48 +169,30 @@ def make_path_job(args: argparse.Namespace) -> PathJob:
     )
 
 
-def run_sections(args: argparse.Namespace, job: PathJob) -> list[Section]:
-    """Those that were asked for, in their order."""
-    wanted = set(args.sections)
-    sections = []
-    if "correctness" in wanted:
-        ep_sizes = tuple(sorted(set(args.ep)))
-        sections.append(
-            run_section(
-                "correctness",
-                lambda: check_correctness(ep_sizes=ep_sizes, device=args.device, quick=args.quick),
-            )
-        )
-    if "placement" in wanted:
-        sections.append(run_section("placement", lambda: check_placement(device=args.device)))
-    if "kernels" in wanted:
-        sections.append(
-            run_section(
-                "kernels", lambda: check_kernels(ROOT, device=args.device, limit_seconds=600)
-            )
-        )
-    if wanted & {"critical-path", "memory"}:
-        sections += run_path_sections(job, wanted)
-    return sections
+def list_sections(args: argparse.Namespace, job: PathJob) -> dict[str, Callable[[], Section]]:
+    """Those that were asked for, in their order; critical path and memory share their runs."""
+    rows: list[Row] = []
 
+    def check_path() -> Section:
+        found, refused = measure_paths(job)
+        rows.extend(found)
+        return judge_time(job, rows, refused)
 
-def run_path_sections(job: PathJob, wanted: set[str]) -> list[Section]:
-    """Critical path and memory come from the same runs."""
-    measured = []
+    def check_memory() -> Section:
+        if not rows:
+            raise SkippedError("nothing was measured on the critical path")
+        return judge_memory(job, rows)
 
-    def measure_and_judge() -> Section:
-        measured.append(measure_paths(job))
-        return judge_time(job, *measured[0])
-
-    def judge_measured() -> Section:
-        if not measured:
-            return Section(name="memory", state="skipped", reason="the critical path failed")
-        return judge_memory(job, measured[0][0])
-
-    sections = [run_section("critical path", measure_and_judge)]
-    if "memory" in wanted:
-        sections.append(run_section("memory", judge_measured))
-    return sections
+    ep_sizes = sorted(set(args.ep))
+    works = {
+        "correctness": lambda: check_correctness(args.device, ep_sizes, quick=args.quick),
+        "placement": lambda: check_placement(args.device),
+        "kernels": lambda: check_kernels(args.device, ROOT),
+        "critical-path": check_path,
+        "memory": check_memory,
+    }
+    wanted = {*args.sections} | ({"critical-path"} if "memory" in args.sections else set())
+    return {name: work for name, work in works.items() if name in wanted}
 
 
 if __name__ == "__main__":

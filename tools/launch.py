@@ -26,6 +26,7 @@ from megatron_llep.offline.launch.flags import (
     load_config,
     parse_extra,
     parse_override,
+    split_extra,
 )
 from megatron_llep.offline.launch.torchrun import (
     build_command,
@@ -45,34 +46,28 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", type=Path, help="YAML file, such as configs/tiny.yaml")
-    parser.add_argument(
+    add = parser.add_argument
+    add("config", type=Path, help="YAML file, such as configs/tiny.yaml")
+    add(
         "--set",
         action="append",
         default=[],
         metavar="FLAG[=VALUE]",
         help="override one Megatron flag, value as in YAML (=false removes it); may be repeated",
     )
-    parser.add_argument("--no-llep", action="store_true", help="leave out LLEP_ARGS")
-    parser.add_argument(
-        "--nproc", type=int, help="processes on this node (default: what the layout needs)"
-    )
-    parser.add_argument("--nnodes", type=int, default=1, help="number of nodes (default: 1)")
-    parser.add_argument("--node-rank", type=int, help="rank of this node, 0 to nnodes - 1")
-    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the nodes meet")
-    parser.add_argument(
-        "--script", type=Path, help=f"default: the configuration's SCRIPT, else {DEFAULT_SCRIPT}"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the command, run nothing")
+    add("--no-llep", action="store_true", help="leave out LLEP_ARGS")
+    add("--nproc", type=int, help="processes on this node (default: what the layout needs)")
+    add("--nnodes", type=int, default=1, help="number of nodes (default: 1)")
+    add("--node-rank", type=int, help="rank of this node, 0 to nnodes - 1")
+    add("--rdzv-endpoint", metavar="HOST:PORT", help="where the nodes meet")
+    add("--script", type=Path, help=f"default: the configuration's SCRIPT, else {DEFAULT_SCRIPT}")
+    add("--dry-run", action="store_true", help="print the command, run nothing")
     return parser
 
 
 def parse_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split argv into this script's options and the Megatron flags after `--`."""
-    own, extra = list(argv), []
-    if "--" in own:
-        split = own.index("--")
-        own, extra = own[:split], own[split + 1 :]
+    own, extra = split_extra(argv)
     # argparse refuses a value that begins with dashes unless it is joined to its option.
     joined: list[str] = []
     for token in own:

@@ -12,7 +12,6 @@ runs this. The same seed, and the same Python, give the same file.
 import argparse
 import ast
 import inspect
-import itertools
 import json
 import random
 import sysconfig
@@ -117,21 +116,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 <= args.right_share <= 1:
         parser.error(f"--right-share {args.right_share}: give a share from 0 to 1")
     if args.kind == "arithmetic":
-        conversations = make_arithmetic(args.count, args.digits, args.right_share, args.seed)
+        made = make_arithmetic(args.count, args.digits, args.right_share, args.seed)
     else:
-        conversations = make_stdlib(args.count, args.seed)
-    try:
-        first = next(conversations)
-    except (StopIteration, ValueError) as error:
-        parser.error(f"{args.kind}: nothing to ask about ({error})")
+        made = make_stdlib(args.count, args.seed)
+    lines = []
+    for turns in made:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    if not lines:
+        parser.error(f"{args.kind}: there is nothing to ask about")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", encoding="utf-8") as file:
-        written = 0
-        for turns in itertools.chain([first], conversations):
-            messages = [{"role": role, "content": content} for role, content in turns]
-            file.write(json.dumps({"messages": messages}) + "\n")
-            written += 1
-    print(f"{args.output}: {written} conversations")
+    args.output.write_text("".join(lines), encoding="utf-8")
+    print(f"{args.output}: {len(lines)} conversations")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The machine at hand, in words, for results that depend on it."""
+"""The machine at hand, for results that depend on it."""
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -17,6 +18,38 @@ def describe_machine() -> str:
         parts.append("no GPU")
     parts += [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     return ", ".join(parts)
+
+
+def read_versions() -> dict[str, str]:
+    """Of what results depend on: Python, torch and what is below it, Megatron, numpy."""
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    for name in ("megatron-core", "transformer_engine", "triton", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def list_gpus() -> list[dict[str, object]]:
+    """Name, memory in GiB and compute capability of each."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [
+        {
+            "name": gpu.name,
+            "gib": round(gpu.total_memory / 2**30, 1),
+            "capability": f"{gpu.major}.{gpu.minor}",
+        }
+        for gpu in map(torch.cuda.get_device_properties, range(count))
+    ]
 
 
 def _find_processor() -> str:

@@ -15,9 +15,9 @@ from megatron_llep.planner.cost.model import LayerCost, LayerShape
 from planner.cost.test_cost_model import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from layer_ranks import LIMIT, Found, Job, choose_as_if_lent  # noqa: E402
-from layer_report import format_table, make_rows  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from benchmarks.layer_ranks import LIMIT, Found, Job, choose_as_if_lent  # noqa: E402
+from benchmarks.layer_report import draw, format_rows, make_rows  # noqa: E402
 
 SIZES = {
     "num_ranks": 2,
@@ -28,7 +28,7 @@ SIZES = {
 }
 
 
-def test_what_the_rows_say():
+def test_what_the_rows_say(tmp_path):
     workloads = ("balanced", "hot-95-1")
     job = Job(
         sizes=SIZES,
@@ -75,9 +75,11 @@ def test_what_the_rows_say():
     crossing = sent.sum() - np.trace(sent)
     assert rows[exact].token_bytes == crossing * 64 * 4 * 4
     assert rows["balanced", "exact"].predicted_speedup == 1
-    table = format_table(list(rows.values()))
+    table = format_rows(list(rows.values()))
     assert "predicted against measured" in table
     assert all(workload in table for workload in workloads)
+    draw(list(rows.values()), "a caption", tmp_path / "layer.png")
+    assert (tmp_path / "layer.png").stat().st_size > 10_000
 
 
 def test_the_limit_has_the_loads_of_the_plan():

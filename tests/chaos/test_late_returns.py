@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_llep import layer
-from megatron_llep.experts import LendableExperts
+from megatron_llep.experts.base import LendableExperts
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.layer import LLEPMoELayer
 from megatron_llep.lending import nodes

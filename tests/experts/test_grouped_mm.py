@@ -13,9 +13,9 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from experts.grouped_experts import G, assert_same, build_both, build_experts, run
-from megatron_llep.experts import find_kind
 from megatron_llep.experts.grouped_linear import view_as_one
 from megatron_llep.experts.grouped_mm import GroupedMM, LendableGroupedMM, check_kernel
+from megatron_llep.experts.kinds import find_kind
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_logs import make_log
 
-from megatron_llep.offline.compare.run_log import Session, join_phases, join_sessions
+from megatron_llep.offline.compare.run_log import Session, join_sessions
 
 
 def make_session(first, last, *, start, folder="a", step_seconds=1.0, values=None, metric="loss"):
@@ -76,17 +76,6 @@ def test_a_log_without_scalars_is_refused():
 def test_a_missing_metric_is_named_with_those_that_exist():
     with pytest.raises(ValueError, match=r"plain .* logged no 'accuracy'; it has: lm loss"):
         make_log("plain", lm_loss=np.ones(3)).curve("accuracy")
-
-
-def test_phases_that_count_anew_are_renumbered():
-    sft = make_log("llep", loss=np.ones(4))
-    rl = make_log("llep", reward=np.zeros(3), loss=np.full(3, 2.0))
-    run = join_phases([sft, rl], renumber=True)
-    assert run.curve("reward").steps.tolist() == [5, 6, 7]
-    assert run.curve("loss").steps.tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert run.curve("loss").seconds.tolist() == [0, 1, 2, 3, 3, 4, 5]
-    with pytest.raises(ValueError, match="renumber"):
-        join_phases([sft, rl])
 
 
 def test_layers_are_stacked_by_number():

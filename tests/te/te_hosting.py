@@ -8,7 +8,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.transformer_config import TransformerConfig
 from te_experts import TE_CONFIG, make_experts
 
-from megatron_llep.experts import make_lendable
+from megatron_llep.experts.kinds import make_lendable
 from support.training import Run, make_config
 
 NATIVE = 3

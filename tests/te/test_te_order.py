@@ -14,8 +14,9 @@ from te_experts import TE_CONFIG, use_te_experts
 
 from lending.test_ranges import FORWARD, list_steps, order_backward
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.placement.forward import Planned
 from support.layout import Layout, use_layout
-from support.llep import EAGER
+from support.llep import EAGER, note_decisions
 from support.ranks import run_ranks
 from support.routing import Routing, force_routing
 from support.training import Run, build_model, make_config
@@ -31,11 +32,13 @@ def name_steps(rank, size, llep):
         convert_model(chunks, llep)
         force_routing(chunks, Routing("hot"))
         layer = chunks[0].decoder.layers[0].mlp
+        planned: list[Planned] = []
+        note_decisions([layer], planned)
         generator = torch.Generator().manual_seed(rank)
         hidden = torch.rand(
             32, 2, layer.config.hidden_size, generator=generator, requires_grad=True
         )
-        return list_steps(layer, hidden), layer.token_dispatcher.num_foreign
+        return list_steps(layer, hidden), planned[-1].plan.max_foreign
 
 
 @pytest.mark.parametrize("foreign_weights", ["keep", "refetch"])

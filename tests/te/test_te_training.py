@@ -70,15 +70,15 @@ def lend_only(*micro_batches: int, of: int = 4):
                     _choose(module.token_dispatcher)
 
     def _choose(dispatcher) -> None:
-        decide, count = dispatcher.decide, itertools.count()
+        plan, count = dispatcher.plan, itertools.count()
 
-        def decide_as_told(*args, **kwargs):
+        def plan_as_told(*args, **kwargs):
             lends = next(count) % of in micro_batches
             threshold = 1.0 if lends else 100.0
             dispatcher.llep = replace(dispatcher.llep, imbalance_threshold=threshold)
-            return decide(*args, **kwargs)
+            return plan(*args, **kwargs)
 
-        dispatcher.decide = decide_as_told
+        dispatcher.plan = plan_as_told
 
     return prepare
 

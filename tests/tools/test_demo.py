@@ -13,14 +13,25 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import demo  # noqa: E402
-import demo_figures  # noqa: E402
-import demo_plan  # noqa: E402
-from demo_plan import Layout, Phase  # noqa: E402
 
+from megatron_llep.offline.compare.comparison import compare_runs  # noqa: E402
+from megatron_llep.offline.compare.rows import timed_steps  # noqa: E402
 from megatron_llep.offline.compare.run_log import Curve, RunLog  # noqa: E402
+from megatron_llep.offline.demo import driver  # noqa: E402
+from megatron_llep.offline.demo.driver import Trained, compare_logs  # noqa: E402
+from megatron_llep.offline.demo.pretraining import (  # noqa: E402
+    METRICS,
+    Layout,
+    Phase,
+    check_layout,
+    plan_phases,
+    plan_runs,
+)
+from megatron_llep.offline.demo.pretraining_report import summarise  # noqa: E402
+from megatron_llep.offline.launch.device import Device  # noqa: E402
 from megatron_llep.offline.launch.memory import MemoryWatch  # noqa: E402
 
-PHASES = demo_plan.plan_phases(3, 4)
+PHASES = plan_phases(3, 4)
 MIB = 2**20
 
 
@@ -70,16 +81,16 @@ def make_watch(peak):
 )
 def test_a_bad_layout_is_refused(layout, message):
     with pytest.raises(ValueError, match=message):
-        demo_plan.check_layout(layout, {})
+        check_layout(layout, {})
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2), Layout(ep=4, etp=2, tp=2)])
 def test_a_good_layout_is_accepted(layout):
-    demo_plan.check_layout(layout, {})
+    check_layout(layout, {})
 
 
 def test_an_override_counts_in_the_layout_check():
-    demo_plan.check_layout(Layout(ep=3), {"--num-experts": 6})
+    check_layout(Layout(ep=3), {"--num-experts": 6})
 
 
 def test_a_bad_layout_ends_the_script_before_it_writes(tmp_path, capsys):
@@ -95,7 +106,7 @@ def test_a_bad_layout_ends_the_script_before_it_writes(tmp_path, capsys):
 
 def plan_commands(tmp_path, layout=None):
     layout = layout or Layout()
-    runs = demo_plan.plan_runs(PHASES, layout, {}, tmp_path, layout.world_size())
+    runs = plan_runs(PHASES, layout, {}, tmp_path)
     return {(run.kind, run.first_step): run.command for run in runs}
 
 
@@ -136,11 +147,13 @@ def test_layout_reaches_the_command(tmp_path):
 
 def test_summary_of_known_curves():
     plain = make_log("plain EP", **{"iteration-time": np.array([1, 1, 1, 1, 6, 4, 2])})
-    comparison = demo_figures.compare_losses(
-        {"plain": plain, "llep": make_log("LLEP", True)}, PHASES
+    trained = Trained(
+        runs=[],
+        comparison=compare_runs(plain, make_log("LLEP", True), METRICS),
+        watches={"plain": [make_watch(200), make_watch(400)], "llep": [make_watch(320)]},
+        device=Device(name="cpu", note=None),
     )
-    watches = {"plain": [make_watch(200), make_watch(400)], "llep": [make_watch(320)]}
-    summary = demo_figures.summarise(comparison, watches, PHASES)
+    summary = summarise(trained, PHASES)
     assert summary["loss_max_rel_diff"] == 0
     assert summary["imbalance_before_max"] == 1.8
     assert summary["imbalance_after_max"] == 1.05
@@ -154,14 +167,15 @@ def test_summary_of_known_curves():
 
 
 def test_the_first_steps_of_a_phase_are_not_timed():
-    marks = demo_figures.make_marks([Phase(name="x", domains=("d",), first_step=11, steps=20)])
-    assert demo_figures.timed_steps(make_log("x").curve("lm loss"), marks) == (16, 30)
+    phase = Phase(name="x", domains=("d",), first_step=11, last_step=30)
+    assert timed_steps(make_log("x").curve("lm loss"), [phase]) == (16, 30)
 
 
-def test_a_log_that_lacks_a_step_is_refused():
-    longer = demo_plan.plan_phases(3, 5)
-    with pytest.raises(RuntimeError, match="plain EP has 7 of 8 steps"):
-        demo_figures.compare_losses({"plain": make_log("plain EP")}, longer)
+def test_a_log_that_lacks_a_step_is_refused(monkeypatch, tmp_path):
+    runs = plan_runs(plan_phases(3, 5), Layout(), {}, tmp_path)
+    monkeypatch.setattr(driver, "read_run", lambda folders, name: make_log(name))
+    with pytest.raises(ValueError, match="plain EP has 7 of 8 steps"):
+        compare_logs(runs, METRICS)
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.5, 1), (np.nan, 1)])
@@ -169,9 +183,9 @@ def test_exit_code_says_whether_the_curves_part(tmp_path, monkeypatch, capsys, f
     loss = {"lm loss": make_log("x").curve("lm loss").values * factor}
     logs = {"plain EP": make_log("plain EP"), "LLEP": make_log("LLEP", True, **loss)}
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(demo_plan, "prepare_data", lambda out: ["nothing to do"])
-    monkeypatch.setattr(demo, "execute", lambda run, device: make_watch(100))
-    monkeypatch.setattr(demo, "read_run", lambda folders, name: logs[name])
+    monkeypatch.setattr(demo, "prepare_data", lambda out: ["nothing to do"])
+    monkeypatch.setattr(driver, "execute_all", lambda runs, device: [make_watch(100)] * len(runs))
+    monkeypatch.setattr(driver, "read_run", lambda folders, name: logs[name])
     argv = ["--mixture-steps", "3", "--domain-steps", "4", "--out", str(tmp_path / "out")]
     assert demo.main(argv) == code
     word = "THE LOSS CURVES DIFFER" if code else "The loss curves agree: at most 0.0e+00 apart"

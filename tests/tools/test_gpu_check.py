@@ -11,8 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import gpu_check  # noqa: E402
-from gpu_checks.kernels import find_gpu_tests, judge_pytest  # noqa: E402
-from gpu_checks.placement import judge_placement  # noqa: E402
+from gpu_checks.kernels import find_gpu_tests, judge_placement, judge_pytest  # noqa: E402
 from gpu_checks.section import Section, format_summary  # noqa: E402
 
 
@@ -52,7 +51,7 @@ def test_the_verdict_on_placement(equal, error, state, capsys):
 
 
 def test_a_section_that_breaks_fails_and_the_others_run(monkeypatch, capsys, tmp_path):
-    def break_down(**_):
+    def break_down(*_, **__):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(gpu_check, "check_correctness", break_down)

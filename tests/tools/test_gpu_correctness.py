@@ -19,10 +19,10 @@ from support.ranks import run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from gpu_checks.comparison import LENDS_WHEREVER_IT_CAN, compare  # noqa: E402
-from gpu_checks.correctness import PLANNERS, WORKLOADS, judge, merge  # noqa: E402
-from gpu_checks.correctness_ranks import check_collectives  # noqa: E402
-from gpu_checks.lending_run import Kind, ModelSize, Outcome, run_model  # noqa: E402
+from gpu_checks.comparison import Outcome, compare, find_shortfall, merge  # noqa: E402
+from gpu_checks.correctness import PLANNERS, WORKLOADS  # noqa: E402
+from gpu_checks.correctness_ranks import LENDS_WHEREVER_IT_CAN, check_collectives  # noqa: E402
+from gpu_checks.lending_run import Kind, ModelSize, run_model  # noqa: E402
 
 
 class Collectives(TorchDispatchMode):
@@ -109,15 +109,15 @@ def make_outcome(gradient, loss=1.0, lent=1):
 )
 def test_a_difference_in_fp32_is_found(lending, fault):
     found = compare("local layers, float32", lending, make_outcome([1.0, 2.0], lent=0), None)
-    assert judge(found).startswith(fault) or fault in judge(found)
-    assert bool(judge(found)) == bool(fault)
+    assert find_shortfall(found).startswith(fault) or fault in find_shortfall(found)
+    assert bool(find_shortfall(found)) == bool(fault)
 
 
 def test_bf16_is_held_to_the_distance_of_plain_from_fp32():
     exact, plain = make_outcome([1.0, 2.0]), make_outcome([1.02, 2.0])
     near, far = make_outcome([1.0, 2.03]), make_outcome([1.0, 2.05])
-    assert not judge(compare("bfloat16", near, plain, exact))
-    assert "further from fp32" in judge(compare("bfloat16", far, plain, exact))
+    assert not find_shortfall(compare("bfloat16", near, plain, exact))
+    assert "further from fp32" in find_shortfall(compare("bfloat16", far, plain, exact))
     worst = merge((compare("bfloat16", near, plain, exact), compare("bfloat16", far, plain, exact)))
     assert worst.control_ratio == pytest.approx(2.5, rel=1e-3)
 

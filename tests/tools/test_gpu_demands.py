@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import gpu_check
 from gpu_checks import demands, paths
 from gpu_checks.critical_path import Row
+from gpu_checks.section import SkippedError
 
 
 def make_row(workload, method, seconds, mib=1000, **changes):
@@ -93,5 +94,6 @@ def test_demands_decide_only_where_they_apply(capsys):
     assert paths.judge_time(make_job(True), good, ["te: too large"]).state == "FAILED"
     assert paths.judge_memory(make_job(True), good).state == "passed"
     unknown = [replace(row, peak_bytes=None) for row in rows]
-    assert paths.judge_memory(make_job(True), unknown).state == "skipped"
+    with pytest.raises(SkippedError, match="on GPUs only"):
+        paths.judge_memory(make_job(True), unknown)
     assert "one after another" in capsys.readouterr().out

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import prepare_corpus
 
-EOD = prepare_corpus.BYTE_EOD
+from megatron_llep.offline import corpus
+from megatron_llep.offline.corpus import BYTE_EOD as EOD
 
 
 @pytest.fixture
@@ -117,13 +118,11 @@ def test_max_bytes_reads_no_further_than_needed(tmp_path):
         raise AssertionError("read past --max-bytes")
 
     documents = [
-        prepare_corpus.Document("first", lambda: b"12345"),
-        prepare_corpus.Document("second", fail),
+        corpus.Document("first", lambda: b"12345"),
+        corpus.Document("second", fail),
     ]
-    summary = prepare_corpus.write_corpus(
-        documents, prepare_corpus.make_byte_encoding(), tmp_path / "corpus", max_bytes=5
-    )
-    assert summary == prepare_corpus.CorpusSummary(documents=1, text_bytes=5, tokens=5)
+    summary = corpus.write_corpus(documents, corpus.BYTES, tmp_path / "corpus", max_bytes=5)
+    assert summary == corpus.CorpusSummary(documents=1, text_bytes=5, tokens=5)
 
 
 def test_builtin_python_docs_is_the_language_reference(prepare):
@@ -134,7 +133,7 @@ def test_builtin_python_docs_is_the_language_reference(prepare):
 
 
 def test_builtin_python_stdlib_is_source_without_tests(prepare):
-    names = [document.name for document in prepare_corpus.load_python_stdlib()]
+    names = [document.name for document in corpus.load_python_stdlib()]
     root = Path(sysconfig.get_path("stdlib"))
     relative = [Path(name).relative_to(root) for name in names]
     assert relative == sorted(relative, key=lambda path: path.as_posix())

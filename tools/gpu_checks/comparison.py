@@ -1,50 +1,50 @@
-"""One rank's comparisons: LLEP against plain expert parallelism, on the same weights and tokens."""
+"""LLEP against plain expert parallelism, on the same weights and tokens: numbers and a verdict."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.transformer.moe.experts import TEGroupedMLP
 
-from gpu_checks.correctness_ranks import Comparison, RankJob
-from gpu_checks.lending_run import Kind, ModelSize, Outcome, run_model
-from megatron_llep.config import LLEPConfig
-from megatron_llep.experts import KINDS as LENDABLE
-
-LENDS_WHEREVER_IT_CAN = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
-_QUICK = ModelSize(hidden=32, ffn_hidden=64, num_experts=8, sequence_length=16, layers=1)
+MOST_LOSS, MOST_GRADIENT = 1e-5, 1e-4
+"""fp32: relative differences from plain, as in the tests on CPUs."""
+MOST_LOSS_BF16, MOST_CONTROL = 5e-3, 2.0
+"""bf16: the loss, and how much further from fp32 than plain bf16 a gradient may be."""
 
 
-def compare_all(job: RankJob, device: torch.device) -> list[Comparison]:
-    """Every workload, dtype and planner of the job; all ranks run the same."""
-    size = _QUICK if job.quick else ModelSize()
-    found = []
-    for workload in job.workloads:
-        for kind in list_kinds(job):
-            plain = run_model(size, kind, workload, None, device)
-            exact = None
-            if kind.dtype != torch.float32:
-                in_fp32 = replace(kind, dtype=torch.float32)
-                exact = run_model(size, in_fp32, workload, None, device)
-            for planner in job.planners:
-                llep = replace(
-                    LENDS_WHEREVER_IT_CAN,
-                    planner=planner,
-                    expert_gemm="grouped_mm" if kind.grouped_mm else "megatron",
-                )
-                lending = run_model(size, kind, workload, llep, device)
-                what = f"{_describe(kind)}, {workload}, {planner}"
-                found.append(compare(what, lending, plain, exact))
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one rank saw of some micro-batches."""
+
+    losses: list[float]
+    gradients: dict[str, torch.Tensor]
+    """fp32, on the host, of every parameter."""
+    lent: int
+    """Transfers of all plans."""
 
 
-def list_kinds(job: RankJob) -> list[Kind]:
-    """fp32 and bf16 on Megatron's local layers; bf16 in grouped GEMMs, of torch's and TE's."""
-    kinds = [Kind(dtype=torch.float32), Kind(dtype=torch.bfloat16)]
-    if hasattr(torch.nn.functional, "grouped_mm"):
-        kinds.append(Kind(dtype=torch.bfloat16, grouped_mm=True))
-    if job.transformer_engine and any(kind.module_type is TEGroupedMLP for kind in LENDABLE):
-        kinds.append(Kind(dtype=torch.bfloat16, transformer_engine=True))
-    return kinds
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """LLEP against plain Megatron on one rank."""
+
+    what: str
+    lent: int
+    """Experts lent in all layers and micro-batches."""
+    loss_difference: float
+    """Largest relative difference of a loss from plain."""
+    gradient_difference: float
+    """Largest |LLEP - plain| of a parameter's gradient / largest |plain|, worst parameter."""
+    worst_parameter: str
+    control_ratio: float | None = None
+    """bf16: distance of LLEP's gradient from plain's in fp32 / that of plain's in bf16 (norms),
+    worst parameter."""
+
+    def __str__(self) -> str:
+        ratio = self.control_ratio
+        control = "" if ratio is None else f", distance from fp32 {ratio:.2f} of plain's"
+        return (
+            f"{self.what}: {self.lent} lent, losses {self.loss_difference:.1e}, gradients "
+            f"{self.gradient_difference:.1e} apart{control}"
+        )
 
 
 def compare(what: str, lending: Outcome, plain: Outcome, exact: Outcome | None) -> Comparison:
@@ -73,6 +73,32 @@ def compare(what: str, lending: Outcome, plain: Outcome, exact: Outcome | None) 
     )
 
 
+def merge(ranks: Sequence[Comparison]) -> Comparison:
+    """The worst rank's numbers of one comparison."""
+    worst = max(ranks, key=lambda each: each.gradient_difference)
+    ratios = [each.control_ratio for each in ranks if each.control_ratio is not None]
+    return replace(
+        worst,
+        loss_difference=max(each.loss_difference for each in ranks),
+        control_ratio=max(ratios) if ratios else None,
+    )
+
+
+def find_shortfall(each: Comparison) -> str:
+    """What falls short, or nothing."""
+    low_precision = "bfloat16" in each.what
+    if each.lent == 0:
+        return "nothing was lent, so nothing was compared"
+    if not each.loss_difference <= (MOST_LOSS_BF16 if low_precision else MOST_LOSS):
+        return "losses differ"
+    if low_precision:
+        if each.control_ratio is not None and not each.control_ratio <= MOST_CONTROL:
+            return f"gradients are further from fp32 than {MOST_CONTROL} times plain's"
+    elif not each.gradient_difference <= MOST_GRADIENT:
+        return f"the gradient of {each.worst_parameter} differs"
+    return ""
+
+
 def _relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest difference / largest reference; the difference itself where that is 0. NaN is inf."""
     largest, scale = difference.abs().max().item(), reference.abs().max().item()
@@ -87,10 +113,3 @@ def _ratio(lending: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> f
     distance = (lending - exact).norm().item()
     # Below a thousandth of the gradient, what rounding leaves is chance.
     return distance / max(control, 1e-3 * scale) if scale else float(distance > 0)
-
-
-def _describe(kind: Kind) -> str:
-    layers = "Transformer Engine" if kind.transformer_engine else "local layers"
-    if kind.grouped_mm:
-        layers += " with grouped_mm"
-    return f"{layers}, {str(kind.dtype).removeprefix('torch.')}"

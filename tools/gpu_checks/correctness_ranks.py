@@ -7,23 +7,23 @@ coalesced collectives take them. Whether these do on this machine is checked fir
 """
 
 import os
-import tempfile
-import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from gpu_checks.comparison import Comparison, compare
+from megatron_llep.config import LLEPConfig
 from megatron_llep.device import use_cpu_if_no_gpu
 
 LIMIT_SECONDS = 400
 """For one world."""
+LENDS_WHEREVER_IT_CAN = LLEPConfig(imbalance_threshold=1.0, min_tokens_per_gemm=1)
 
 Planner = Literal["tolerant", "exact", "lla"]
 
@@ -40,52 +40,8 @@ class RankJob:
     transformer_engine: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """LLEP against plain Megatron on one rank."""
-
-    what: str
-    lent: int
-    """Experts lent in all layers and micro-batches."""
-    loss_difference: float
-    """Largest relative difference of a loss from plain."""
-    gradient_difference: float
-    """Largest |LLEP - plain| of a parameter's gradient / largest |plain|, worst parameter."""
-    worst_parameter: str
-    control_ratio: float | None = None
-    """bf16: distance of LLEP's gradient from plain's in fp32 / that of plain's in bf16 (norms),
-    worst parameter."""
-
-
-def run_ranks(job: RankJob) -> list[list[Comparison]]:
-    """Start the processes and wait: comparisons of each rank.
-
-    Raises:
-        ProcessRaisedException: a rank failed; holds its traceback.
-        TimeoutError: the ranks did not end.
-    """
-    context = torch.multiprocessing.get_context("spawn")
-    queues = [context.SimpleQueue() for _ in range(job.ep)]
-    with tempfile.TemporaryDirectory() as folder:
-        processes = torch.multiprocessing.spawn(
-            _be_a_rank, (job, Path(folder) / "store", queues), nprocs=job.ep, join=False
-        )
-        found: dict[int, list[Comparison]] = {}
-        until = time.monotonic() + LIMIT_SECONDS
-        ended = False
-        while not ended:
-            ended = processes.join(timeout=0.1, grace_period=5)
-            found |= {rank: q.get() for rank, q in enumerate(queues) if not q.empty()}
-            if not ended and time.monotonic() > until:
-                for process in processes.processes:
-                    process.kill()
-                raise TimeoutError(f"EP={job.ep}: the ranks took more than {LIMIT_SECONDS} s")
-    return [found[rank] for rank in range(job.ep)]
-
-
-def _be_a_rank(
-    rank: int, job: RankJob, store: Path, queues: Sequence["SimpleQueue[list[Comparison]]"]
-) -> None:
+def be_a_rank(rank: int, store: Path, job: RankJob) -> list[Comparison]:
+    """Join the others, try the collectives, and compare; the same comparisons on every rank."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ep)}
     # Both sides of the comparison run the same kernels; compiling them would take longer.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -112,12 +68,40 @@ def _be_a_rank(
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=job.ep, create_gloo_process_groups=False
     )
-    from gpu_checks.comparison import compare_all
-
-    queues[rank].put(compare_all(job, device))
+    found = list(compare_all(job, device))
     dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    return found
+
+
+def compare_all(job: RankJob, device: torch.device) -> Iterator[Comparison]:
+    """Every workload, dtype and planner of the job; all ranks run the same."""
+    from gpu_checks.lending_run import Kind, ModelSize, run_model
+
+    # fp32 and bf16 on Megatron's local layers; bf16 in grouped GEMMs, of torch's and TE's.
+    kinds = [Kind(dtype=torch.float32), Kind(dtype=torch.bfloat16)]
+    if hasattr(torch.nn.functional, "grouped_mm"):
+        kinds.append(Kind(dtype=torch.bfloat16, grouped_mm=True))
+    if job.transformer_engine:
+        kinds.append(Kind(dtype=torch.bfloat16, transformer_engine=True))
+    size = ModelSize()
+    if job.quick:
+        size = ModelSize(hidden=32, ffn_hidden=64, num_experts=8, sequence_length=16, layers=1)
+    for workload in job.workloads:
+        for kind in kinds:
+            plain = run_model(size, kind, workload, None, device)
+            exact = None
+            if kind.dtype != torch.float32:
+                in_fp32 = replace(kind, dtype=torch.float32)
+                exact = run_model(size, in_fp32, workload, None, device)
+            lends = LENDS_WHEREVER_IT_CAN
+            if kind.grouped_mm:
+                lends = replace(lends, expert_gemm="grouped_mm")
+            for planner in job.planners:
+                llep = replace(lends, planner=planner)
+                lending = run_model(size, kind, workload, llep, device)
+                yield compare(f"{kind}, {workload}, {planner}", lending, plain, exact)
 
 
 def check_collectives(device: torch.device) -> None:
@@ -131,34 +115,31 @@ def check_collectives(device: torch.device) -> None:
         # Rank r sends r copies of its number to rank 1, and one to each other.
         sends = [rank if to == 1 else 1 for to in range(world)]
         receives = [source if rank == 1 else 1 for source in range(world)]
-        expected = torch.tensor(
-            [source for source, n in enumerate(receives) for _ in range(n)], dtype=dtype
-        )
+        arrive = [source for source, n in enumerate(receives) for _ in range(n)]
         incoming = torch.empty(sum(receives), dtype=dtype, device=device)
         outgoing = torch.full((sum(sends),), rank, dtype=dtype, device=device)
         work = dist.all_to_all_single(incoming, outgoing, receives, sends, async_op=True)
-        _wait_and_check("all_to_all_single", work, incoming, expected)
+        _wait_and_check("all_to_all_single", work, incoming, arrive)
 
         gathered = torch.empty(world, dtype=dtype, device=device)
         mine = torch.full((1,), rank, dtype=dtype, device=device)
         work = dist.all_gather_into_tensor(gathered, mine, async_op=True)
-        _wait_and_check("all_gather_into_tensor", work, gathered, torch.arange(world).to(dtype))
+        _wait_and_check("all_gather_into_tensor", work, gathered, list(range(world)))
 
         work = dist.all_reduce(mine, async_op=True)
-        total = torch.full((1,), world * (world - 1) // 2, dtype=dtype)
-        _wait_and_check("all_reduce", work, mine, total)
+        _wait_and_check("all_reduce", work, mine, [sum(range(world))])
 
         work = dist.broadcast(mine.fill_(rank + 5), src=0, async_op=True)
-        _wait_and_check("broadcast", work, mine, torch.full((1,), 5, dtype=dtype))
+        _wait_and_check("broadcast", work, mine, [5])
 
 
 def _wait_and_check(
-    name: str, work: dist.Work | None, found: torch.Tensor, expected: torch.Tensor
+    name: str, work: dist.Work | None, found: torch.Tensor, expected: list[int]
 ) -> None:
     assert work is not None
     work.wait()
-    if not torch.equal(found.cpu(), expected):
+    if found.tolist() != expected:
         raise RuntimeError(
             f"{dist.get_backend()}'s {name} gave {found.tolist()} for {found.dtype} on "
-            f"{found.device}, not {expected.tolist()}"
+            f"{found.device}, not {expected}"
         )

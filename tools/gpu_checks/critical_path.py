@@ -6,18 +6,19 @@ planning is measured on this host.
 """
 
 import gc
+import itertools
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from gpu_checks.experts import Experts, Slab
-from gpu_checks.rank_work import NUM_RANKS, Case, Load, choose_loads, make_cases
+from gpu_checks.rank_work import NUM_RANKS, PLAIN, Case, Load, make_cases
 from gpu_checks.results import check_experts
 from gpu_checks.stopwatch import Pass, estimate_bytes, run_once
 from megatron_llep.offline.simulator.models import ModelShape
+from megatron_llep.offline.timing import take_turns
 from megatron_llep.planner import Topology
 from megatron_llep.planner.cost.model import CostModel
 
@@ -28,12 +29,18 @@ _MOST_TRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed:
-    """One rank's load: medians over the rounds."""
+class PathJob:
+    """What to measure on the critical path."""
 
-    forward_seconds: float
-    backward_seconds: float
-    peak_bytes: int | None
+    models: tuple[ModelShape, ...]
+    kinds: tuple[str, ...]
+    workloads: tuple[str, ...]
+    planners: tuple[str, ...]
+    cost: CostModel
+    device: torch.device
+    rounds: int
+    judged: bool
+    """Whether the demands apply: a GPU, the paper's sizes and its hottest workload."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,78 +73,58 @@ class Row:
     @property
     def total_seconds(self) -> float:
         """The layer, forward and backward."""
-        return (
-            self.expert_seconds
-            + self.exchange_seconds
-            + self.lending_seconds
-            + self.returning_seconds
-            + self.plan_seconds
-        )
+        stated = self.exchange_seconds + self.lending_seconds + self.returning_seconds
+        return self.expert_seconds + stated + self.plan_seconds
 
     @property
     def forward_total_seconds(self) -> float:
         """The layer's forward: two of the four exchanges, lending, no return."""
-        return (
-            self.forward_seconds
-            + self.exchange_seconds / 2
-            + self.lending_seconds
-            + self.plan_seconds
-        )
+        stated = self.exchange_seconds / 2 + self.lending_seconds
+        return self.forward_seconds + stated + self.plan_seconds
 
 
 class TooLargeError(ValueError):
     """A model's work does not fit on this device."""
 
 
-def measure_model(
-    model: ModelShape,
-    *,
-    experts: Experts,
-    experts_name: str,
-    workloads: Sequence[str],
-    methods: Sequence[str],
-    cost: CostModel,
-    device: torch.device,
-    rounds: int,
-) -> list[Row]:
-    """Run every workload under every method for one model.
+def measure_model(job: PathJob, model: ModelShape, kind: str, experts: Experts) -> list[Row]:
+    """Run every workload under every method for one model, on one kind of grouped GEMM.
 
     Raises:
         TooLargeError: the largest rank does not fit on the device.
         RuntimeError: the experts compute something else.
     """
     shape = model.layer
+    methods = (PLAIN, *dict.fromkeys(job.planners))
     cases = {
         workload: make_cases(shape, workload, methods, model.tokens_per_rank)
-        for workload in workloads
+        for workload in dict.fromkeys(job.workloads)
     }
     loads = {
-        workload: list(
-            dict.fromkeys(load for case in of_one for load in choose_loads(case.loads()))
-        )
+        workload: list(dict.fromkeys(load for case in of_one for load in case.chosen))
         for workload, of_one in cases.items()
     }
-    every = [load for of_one in loads.values() for load in of_one]
+    every = list(itertools.chain.from_iterable(loads.values()))
     slots, pairs = max(map(len, every)), max(map(sum, every))
-    check_fits(model, slots=slots, pairs=pairs, device=device)
+    check_fits(model, slots=slots, pairs=pairs, device=job.device)
     slab = Slab.allocate(
         slots=slots,
         hidden=shape.hidden,
         ffn=shape.ffn_hidden,
         dtype=torch.bfloat16,
-        device=device,
+        device=job.device,
     )
-    rows = torch.empty(pairs, shape.hidden, dtype=torch.bfloat16, device=device).normal_()
+    rows = torch.empty(pairs, shape.hidden, dtype=torch.bfloat16, device=job.device).normal_()
     num_native = shape.num_experts // NUM_RANKS
     for load in {max(every, key=sum), max(every, key=len)}:
         check_experts(experts, slab.first(len(load)), rows[: sum(load)], list(load), num_native)
-    progress = _Progress(sum(map(sum, every)), f"{model.name}, {experts_name}")
-    found = []
+    found, done = [], 0
     for workload, of_one in cases.items():
-        timed = time_loads(loads[workload], experts, slab, rows, rounds, num_native=num_native)
-        for case in of_one:
-            found.append(_make_row(case, timed, model, experts_name, cost))
-        progress.advance(workload, sum(map(sum, loads[workload])), len(loads[workload]))
+        timed = time_loads(loads[workload], experts, slab, rows, job.rounds, num_native)
+        found += [_make_row(case, timed, model, kind, job.cost) for case in of_one]
+        done += sum(map(sum, loads[workload]))
+        share = done / sum(map(sum, every))
+        print(f"  {model.name}, {kind}, {workload}: {share:4.0%} of the pairs are done", flush=True)
     return found
 
 
@@ -147,22 +134,19 @@ def time_loads(
     slab: Slab,
     rows: torch.Tensor,
     rounds: int,
-    *,
     num_native: int,
-) -> dict[Load, Timed]:
-    """Run every load in every round, beginning with another one each time."""
+) -> dict[Load, Pass]:
+    """Run every load in every round; of each the pass in the middle, with the highest peak."""
     passes: dict[Load, list[Pass]] = {load: [] for load in loads}
-    for turn in range(1 + rounds):
-        shift = turn % len(loads)
-        for load in [*loads[shift:], *loads[:shift]]:
-            for _ in range(_MOST_TRIES):
-                one = run_once(
-                    experts, slab.first(len(load)), rows[: sum(load)], list(load), num_native
-                )
-                if not one.device_allocations:
-                    break
-            if turn:  # the first one warms up
-                passes[load].append(one)
+    for load, counts in take_turns(loads, rounds):
+        for _ in range(_MOST_TRIES):
+            one = run_once(
+                experts, slab.first(len(load)), rows[: sum(load)], list(load), num_native
+            )
+            if not one.device_allocations:
+                break
+        if counts:
+            passes[load].append(one)
     return {load: _take_median(of_one) for load, of_one in passes.items()}
 
 
@@ -194,51 +178,33 @@ def check_fits(model: ModelShape, *, slots: int, pairs: int, device: torch.devic
     )
 
 
-def _take_median(passes: Sequence[Pass]) -> Timed:
-    """The pass in the middle by total time."""
-    totals = [each.forward_seconds + each.backward_seconds for each in passes]
+def _take_median(passes: Sequence[Pass]) -> Pass:
+    totals = [each.seconds for each in passes]
     middle = passes[totals.index(statistics.median_low(totals))]
-    peaks = [each.peak_bytes for each in passes if each.peak_bytes is not None]
-    return Timed(
-        forward_seconds=middle.forward_seconds,
-        backward_seconds=middle.backward_seconds,
-        peak_bytes=max(peaks) if peaks else None,
-    )
+    return replace(middle, peak_bytes=_find_peak(passes))
+
+
+def _find_peak(passes: Sequence[Pass]) -> int | None:
+    return max((each.peak_bytes for each in passes if each.peak_bytes is not None), default=None)
 
 
 def _make_row(
-    case: Case, timed: dict[Load, Timed], model: ModelShape, experts_name: str, cost: CostModel
+    case: Case, timed: dict[Load, Pass], model: ModelShape, kind: str, cost: CostModel
 ) -> Row:
-    ranks = [timed[load] for load in choose_loads(case.loads())]
+    ranks = [timed[load] for load in case.chosen]
     stated = cost.predict_layer(case.plan, case.counts, model.layer, Topology())
-    peaks = [each.peak_bytes for each in ranks if each.peak_bytes is not None]
     return Row(
         model=model.name,
-        experts=experts_name,
+        experts=kind,
         workload=case.workload,
         method=case.method,
         imbalance=case.plan.imbalance_after,
         lent=len(case.plan.transfers),
         forward_seconds=max(each.forward_seconds for each in ranks),
-        expert_seconds=max(each.forward_seconds + each.backward_seconds for each in ranks),
+        expert_seconds=max(each.seconds for each in ranks),
         exchange_seconds=stated.exchange,
         lending_seconds=stated.lending,
         returning_seconds=stated.returning,
         plan_seconds=case.plan_seconds,
-        peak_bytes=max(peaks) if peaks else None,
+        peak_bytes=_find_peak(ranks),
     )
-
-
-class _Progress:
-    """Says after each workload how much time is left, by the pairs that were computed."""
-
-    def __init__(self, pairs: int, what: str):
-        self._left = self._all = pairs
-        self._what = what
-        self._start = time.perf_counter()
-
-    def advance(self, workload: str, pairs: int, ranks: int) -> None:
-        self._left -= pairs
-        taken = time.perf_counter() - self._start
-        left = taken / (self._all - self._left) * self._left
-        print(f"  {self._what}: {workload}, {ranks} loads run; {left:.0f} s left", flush=True)

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from megatron_llep.experts.grouped_linear import Groups, grouped_linear
-
 Outputs = list[torch.Tensor]
 """[n, H] of each part of the slots, in order; N rows in all."""
 
@@ -89,6 +87,9 @@ def _run_grouped_mm(
     slab: Slab, rows: torch.Tensor, tokens: list[int], parts: Sequence[slice]
 ) -> tuple[Outputs, Backward]:
     """Each part of the slots by itself; in backward the last one first, as in autograd's order."""
+    # The package around it imports Megatron, which a rank must not before it chose its device.
+    from megatron_llep.experts.grouped_linear import Groups, grouped_linear
+
     sizes = [sum(tokens[part]) for part in parts]
     leaves = [part.detach().requires_grad_() for part in rows.split(sizes)]
     outputs = []

@@ -22,6 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from gpu_checks.comparison import Outcome
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.local_spec import build_local_block_spec
@@ -56,16 +57,10 @@ class Kind:
     grouped_mm: bool = False
     """LLEP computes the local experts in torch's grouped GEMMs; plain Megatron never does."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one rank saw."""
-
-    losses: list[float]
-    gradients: dict[str, torch.Tensor]
-    """fp32, on the host, of every parameter."""
-    lent: int
-    """Transfers of all plans."""
+    def __str__(self) -> str:
+        layers = "Transformer Engine" if self.transformer_engine else "local layers"
+        gemms = " with grouped_mm" if self.grouped_mm else ""
+        return f"{layers}{gemms}, {str(self.dtype).removeprefix('torch.')}"
 
 
 def run_model(
@@ -169,8 +164,7 @@ def _force_routing(model: torch.nn.Module, experts: torch.Tensor, num_experts: i
     """Let tokens choose experts [T, K]: the logits of all others are lowered."""
     lowered = torch.full((len(experts), num_experts), _LOWERED_BY, device=experts.device)
     lowered.scatter_(1, experts, 0.0)
-    routers: list[Any] = [module for module in model.modules() if isinstance(module, TopKRouter)]
-    for router in routers:
+    for router in _find(model, TopKRouter):
         router.gating = functools.partial(_gate, router.gating, lowered)
 
 
@@ -180,9 +174,12 @@ def _gate(gating: Callable, lowered: torch.Tensor, hidden: torch.Tensor) -> torc
     return logits - lowered.view_as(logits).to(logits.dtype)
 
 
+def _find(model: torch.nn.Module, kind: type) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
 def _count_transfers(model: torch.nn.Module, plans: list[int]) -> None:
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, LLEPMoELayer)]
-    for layer in layers:
+    for layer in _find(model, LLEPMoELayer):
         layer.token_dispatcher.on_plan.append(
             lambda planned: plans.append(len(planned.plan.transfers))
         )

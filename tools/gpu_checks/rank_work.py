@@ -3,13 +3,12 @@
 Shape letters: P ranks, E experts, M = E / P native slots a rank, F foreign slots in use.
 """
 
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_llep.offline.timing import median_seconds
 from megatron_llep.offline.workloads import make_counts
 from megatron_llep.placement import order_chunks
 from megatron_llep.planner import Plan, make_plan, receives, sends, slot_of_expert
@@ -37,9 +36,10 @@ class Case:
     plan_seconds: float
     """Host work for one layer: plan, split sizes, order of chunks; 0 under plain."""
 
-    def loads(self) -> list[Load]:
-        """Of every rank."""
-        return [slot_load(self.plan, rank) for rank in range(self.plan.num_ranks)]
+    @property
+    def chosen(self) -> list[Load]:
+        """Of the ranks that must be run."""
+        return choose_loads([slot_load(self.plan, rank) for rank in range(NUM_RANKS)])
 
 
 def make_cases(
@@ -100,13 +100,12 @@ def _covers(larger: Load, smaller: Load) -> bool:
 
 def _time_planning(counts: np.ndarray, planner: str) -> float:
     """Median seconds of the host's work from counts to split sizes and chunks, for rank 0."""
-    taken = []
-    for _ in range(_PLAN_REPEATS):
-        start = time.perf_counter()
+
+    def work() -> None:
         plan = make_plan(counts, planner=planner)
         if not plan.is_fallback:
             slots = plan.experts_per_rank + plan.max_foreign
             order_chunks(sends(plan, counts, 0), slot_of_expert(plan), slots)
             receives(plan, counts, 0)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+
+    return median_seconds(work, _PLAN_REPEATS)

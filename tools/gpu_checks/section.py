@@ -1,9 +1,12 @@
 """What one section of the check found, in words and for the JSON file."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from gpu_checks.environment import is_installed
+from megatron_llep.offline.report.table import format_table
 
 State = Literal["passed", "FAILED", "skipped", "not judged"]
 
@@ -17,8 +20,30 @@ class Section:
     """skipped: it did not run. not judged: it ran, but its demands do not apply to this run."""
     reason: str = ""
     """Why, in one line; also what fell short."""
-    data: dict[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     """Everything that was measured."""
+
+    @property
+    def verdict(self) -> str:
+        """State and reason."""
+        return f"{self.state}: {self.reason}" if self.reason else self.state
+
+
+class SkippedError(Exception):
+    """A section cannot run here; says why."""
+
+
+def require(*modules: str) -> None:
+    """Skip the section unless all these can be imported."""
+    for module in modules:
+        if not is_installed(module):
+            raise SkippedError(f"{module} is not installed")
+
+
+def judge(name: str, short: Sequence[str], data: Mapping[str, Any]) -> Section:
+    """A section that failed if anything fell short."""
+    state: State = "FAILED" if short else "passed"
+    return Section(name=name, state=state, reason="; ".join(short), data=data)
 
 
 def run_section(name: str, work: Callable[[], Section]) -> Section:
@@ -26,19 +51,16 @@ def run_section(name: str, work: Callable[[], Section]) -> Section:
     print(f"\n== {name}", flush=True)
     try:
         section = work()
+    except SkippedError as reason:
+        section = Section(name=name, state="skipped", reason=str(reason))
     except Exception as error:
         traceback.print_exc()
         text = str(error).strip() or type(error).__name__
         section = Section(name=name, state="FAILED", reason=text.splitlines()[-1])
-    print(f"{name}: {_describe(section)}", flush=True)
+    print(f"{name}: {section.verdict}", flush=True)
     return section
 
 
-def format_summary(sections: list[Section]) -> str:
+def format_summary(sections: Sequence[Section]) -> str:
     """One line for each section."""
-    width = max(len(section.name) for section in sections)
-    return "\n".join(f"{section.name:{width}}  {_describe(section)}" for section in sections)
-
-
-def _describe(section: Section) -> str:
-    return f"{section.state}: {section.reason}" if section.reason else section.state
+    return format_table([(section.name, section.verdict) for section in sections], "<")

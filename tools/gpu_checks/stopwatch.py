@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_checks.experts import Experts, Slab
+from gpu_checks.experts import Backward, Experts, Slab
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,11 @@ class Pass:
     device_allocations: int
     """Times that the caching allocator asked the driver for memory, which takes time."""
 
+    @property
+    def seconds(self) -> float:
+        """Forward and backward."""
+        return self.forward_seconds + self.backward_seconds
+
 
 _HEAD_START = 4_000_000
 """Cycles, 2 ms, that the device waits, so that the host is ahead of it, as it is in training."""
@@ -37,61 +42,50 @@ def run_once(
     `rows` [N, H] serve as input and as the gradient of the output, which saves memory on the
     device; the peak counts them twice. Of the slots, `num_native` are the rank's own.
     """
-    cuda = rows.device.type == "cuda"
-    marks: list[float] = []
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if cuda else []
-    peaks: list[int] = []
-
-    def mark() -> None:
-        if cuda:
-            events[len(marks)].record()
-        marks.append(time.perf_counter())
-
-    def start_peak() -> None:
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(rows.device)
-
-    def end_peak() -> None:
-        if cuda:
-            peaks.append(torch.cuda.max_memory_allocated(rows.device) - before)
-
-    before = torch.cuda.memory_allocated(rows.device) if cuda else 0
-    allocations = _count_device_allocations(rows.device)
-    start_peak()
-    if cuda:
-        torch.cuda._sleep(_HEAD_START)
-    mark()
-    outputs, backward = experts(slab, rows, tokens, num_native)
-    mark()
-    end_peak()
-    # In training the combine frees them; an implementation may hold them for its own backward.
-    for output in outputs:
-        output.untyped_storage().resize_(0)
-    start_peak()
-    backward(rows)
-    mark()
-    end_peak()
-    if not cuda:
-        forward, backward_seconds = marks[1] - marks[0], marks[2] - marks[1]
+    if rows.device.type != "cuda":
+        start = time.perf_counter()
+        backward = _run_forward(experts, slab, rows, tokens, num_native)
+        middle = time.perf_counter()
+        backward(rows)
         return Pass(
-            forward_seconds=forward,
-            backward_seconds=backward_seconds,
+            forward_seconds=middle - start,
+            backward_seconds=time.perf_counter() - middle,
             peak_bytes=None,
             device_allocations=0,
         )
-    events[2].synchronize()
-    forward_peak, backward_peak = peaks
+    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    before = torch.cuda.memory_allocated(rows.device)
+    allocations = _count_device_allocations(rows.device)
+    torch.cuda.reset_peak_memory_stats(rows.device)
+    torch.cuda._sleep(_HEAD_START)
+    start.record()
+    backward = _run_forward(experts, slab, rows, tokens, num_native)
+    middle.record()
+    forward_peak = torch.cuda.max_memory_allocated(rows.device) - before
+    torch.cuda.reset_peak_memory_stats(rows.device)
+    backward(rows)
+    end.record()
+    backward_peak = torch.cuda.max_memory_allocated(rows.device) - before
+    end.synchronize()
     return Pass(
-        forward_seconds=events[0].elapsed_time(events[1]) / 1e3,
-        backward_seconds=events[1].elapsed_time(events[2]) / 1e3,
+        forward_seconds=start.elapsed_time(middle) / 1e3,
+        backward_seconds=middle.elapsed_time(end) / 1e3,
         peak_bytes=slab.nbytes + rows.nbytes + max(forward_peak, rows.nbytes + backward_peak),
         device_allocations=_count_device_allocations(rows.device) - allocations,
     )
 
 
+def _run_forward(
+    experts: Experts, slab: Slab, rows: torch.Tensor, tokens: list[int], num_native: int
+) -> Backward:
+    outputs, backward = experts(slab, rows, tokens, num_native)
+    # In training the combine frees them; an implementation may hold them for its own backward.
+    for output in outputs:
+        output.untyped_storage().resize_(0)
+    return backward
+
+
 def _count_device_allocations(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
     return torch.cuda.memory_stats(device).get("num_device_alloc", 0)
 
 

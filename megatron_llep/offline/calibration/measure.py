@@ -8,7 +8,6 @@ one or two, over NCCL. Every figure is the median of repeats on the slowest rank
 
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llep.offline.calibration.fit import ExpertTiming, TransferTiming
+from megatron_llep.offline.ranks import run_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +82,14 @@ def measure(sizes: Sizes, report: Callable[[str], None]) -> Measurements:
         report: told what is measured now.
 
     Raises:
-        RuntimeError: a process ended before its time.
+        ProcessRaisedException: a process failed.
     """
     world = min(torch.cuda.device_count(), 2) if torch.cuda.is_available() else 2
     report(f"experts, copies and transfers in {world} processes")
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.get_context("spawn")
-        queue = context.SimpleQueue()
-        torch.multiprocessing.spawn(
-            _measure_rank, (world, sizes, Path(folder) / "store", queue), nprocs=world
-        )
-        return queue.get()
+    return run_ranks(_measure_rank, world, world, sizes)[0]
 
 
-def _measure_rank(rank: int, world: int, sizes: Sizes, store: Path, queue) -> None:
+def _measure_rank(rank: int, store: Path, world: int, sizes: Sizes) -> Measurements:
     device = _take_device(rank)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -114,9 +108,8 @@ def _measure_rank(rank: int, world: int, sizes: Sizes, store: Path, queue) -> No
         transfers=[_time_exchange(clock, size) for size in sizes.transfer_bytes if world > 1],
         overlap=_find_overlap(clock, sizes.transfer_bytes[-1]) if world > 1 else 0.0,
     )
-    if rank == 0:
-        queue.put(found)
     dist.destroy_process_group()
+    return found
 
 
 def _take_device(rank: int) -> torch.device:

@@ -1,10 +1,8 @@
 """How long a plan takes on the host."""
 
-import statistics
-import time
-
 import numpy as np
 
+from megatron_llep.offline.timing import median_seconds
 from megatron_llep.planner import make_plan, receives, sends
 
 
@@ -13,11 +11,10 @@ def time_planning(*, num_ranks: int = 8, num_experts: int = 128, repeats: int = 
     generator = np.random.default_rng(0)
     popularity = generator.lognormal(sigma=1.0, size=num_experts)
     counts = generator.multinomial(8192, popularity / popularity.sum(), size=num_ranks)
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        plan = make_plan(counts, planner="exact", imbalance_threshold=0.0)
-        sends(plan, counts, 0)
-        receives(plan, counts, 0)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+
+    def plan() -> None:
+        made = make_plan(counts, planner="exact", imbalance_threshold=0.0)
+        sends(made, counts, 0)
+        receives(made, counts, 0)
+
+    return median_seconds(plan, repeats)

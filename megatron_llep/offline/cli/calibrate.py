@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_llep.offline.calibration.build import build_cost_model
 from megatron_llep.offline.calibration.planning import time_planning
+from megatron_llep.offline.report.table import format_table
 from megatron_llep.planner.cost.model import CostModel, Link
 from megatron_llep.planner.cost.presets import PRESETS, get_cost_model
 
@@ -115,8 +116,7 @@ def describe_model(model: CostModel) -> str:
         ("overlap", f"{model.overlap:.0%} of what two exchanges at once can save"),
         ("planning", f"{model.planning_seconds * 1e6:.3g} us a layer"),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+    return format_table(rows, "<<")
 
 
 def _describe_link(link: Link) -> str:

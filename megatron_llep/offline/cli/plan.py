@@ -12,6 +12,7 @@ from megatron_llep.offline.cli.routing import (
     trace_counts,
     workload_counts,
 )
+from megatron_llep.offline.report.table import format_table
 from megatron_llep.planner import PLANNERS, Plan, make_plan
 
 
@@ -83,17 +84,14 @@ def describe_plan(plan: Plan) -> str:
     before, after = plan.load_per_rank_before, plan.load_per_rank_after
     _, home, _ = plan.transfers.T
     lent = np.bincount(home, minlength=plan.num_ranks)
-    lines = [
+    rows: list[list[object]] = [["rank", "before", "after", "lends", "borrows (expert: pairs)"]]
+    for rank, foreign in enumerate(plan.foreign_experts):
+        borrowed = ", ".join(f"{e}: {plan.quota[e, rank]}" for e in foreign[foreign >= 0])
+        rows.append([rank, before[rank], after[rank], lent[rank], borrowed])
+    return (
         f"{plan.num_ranks} ranks, {plan.num_experts} experts, {before.sum()} (token, expert) "
-        f"pairs, {before.sum() / plan.num_ranks:.0f} a rank on average",
+        f"pairs, {before.sum() / plan.num_ranks:.0f} a rank on average\n"
         f"largest load: {plan.imbalance_before:.3f} -> {plan.imbalance_after:.3f} x mean; "
-        f"{len(plan.transfers)} experts lent, at most {plan.max_foreign} to a rank",
-        "",
-        f"{'rank':>4} {'before':>9} {'after':>9} {'lends':>6}  borrows (expert: pairs)",
-    ]
-    for rank in range(plan.num_ranks):
-        foreign = plan.foreign_experts[rank]
-        borrowed = [f"{e}: {plan.quota[e, rank]}" for e in foreign[foreign >= 0]]
-        row = f"{rank:>4} {before[rank]:>9} {after[rank]:>9} {lent[rank]:>6}"
-        lines.append(f"{row}  {', '.join(borrowed)}".rstrip())
-    return "\n".join(lines)
+        f"{len(plan.transfers)} experts lent, at most {plan.max_foreign} to a rank\n\n"
+        + format_table(rows, ">>>><")
+    )

@@ -2,12 +2,10 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from itertools import product
 from pathlib import Path
 
-from megatron_llep.offline.cli.plotting import import_pyplot, save_figure, start_progress
 from megatron_llep.offline.cli.routing import (
     add_routing_arguments,
     list_workloads,
@@ -15,14 +13,17 @@ from megatron_llep.offline.cli.routing import (
     trace_counts,
     workload_counts,
 )
+from megatron_llep.offline.report.progress import start_progress
+from megatron_llep.offline.report.results import write_results
+from megatron_llep.offline.report.table import format_table
 from megatron_llep.offline.simulator.models import MODELS, ModelShape, get_model
 from megatron_llep.offline.simulator.report import (
     Result,
     draw_speedups,
-    format_table,
+    group_by_model,
     make_detail_table,
-    make_page,
     make_speedup_table,
+    write_html,
 )
 from megatron_llep.offline.simulator.run import METHODS, Case, simulate
 from megatron_llep.offline.workloads import PAPER_GRID
@@ -107,9 +108,8 @@ def run(args: argparse.Namespace) -> int:
             )
         )
     print(f"predicted, not measured; machine: {cost.machine}")
-    for model in models:
-        of_model = [result for result in results if result.model == model.name]
-        print(f"\n{model.name}, {of_model[0].tokens_per_rank} tokens a rank")
+    for head, of_model in group_by_model(results).items():
+        print(f"\n{head}")
         if len(of_model) == 1:
             print(of_model[0].label)
             print(format_table(make_detail_table(of_model[0])))
@@ -162,17 +162,11 @@ def _make_case(
 
 
 def _write(folder: Path, results: list[Result], cost: CostModel) -> None:
-    """Write simulate.json, simulate.png and simulate.html."""
-    plt = import_pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write simulate.png, simulate.json and simulate.html."""
     command = " ".join(["python -m megatron_llep", *sys.argv[1:]])
-    record = {
-        "command": command,
-        "machine": dataclasses.asdict(cost),
-        "results": [dataclasses.asdict(result) for result in results],
-    }
-    (folder / "simulate.json").write_text(json.dumps(record, indent=1) + "\n")
-    figure = draw_speedups(plt, results)
-    (folder / "simulate.html").write_text(make_page(results, figure, cost.machine, command))
-    save_figure(figure, folder / "simulate.png")
+    picture = folder / "simulate.png"
+    draw_speedups(results, picture)
+    record = {"command": command, "results": [dataclasses.asdict(result) for result in results]}
+    write_results(folder / "simulate.json", record, machine=dataclasses.asdict(cost))
+    write_html(folder / "simulate.html", results, picture, cost.machine, command)
     print(f"\nwritten: simulate.json, .png and .html in {folder}")

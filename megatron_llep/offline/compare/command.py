@@ -1,7 +1,6 @@
 """The command line of the comparison: of two folders, or of runs that it starts itself."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ from megatron_llep.offline.compare.run_log import RunLog
 from megatron_llep.offline.compare.table import NO_CONTROL
 from megatron_llep.offline.compare.verdict import Tolerance
 from megatron_llep.offline.compare.wandb_out import wandb_is_on
-from megatron_llep.offline.launch.device import choose_device
-from megatron_llep.offline.launch.execute import Run, RunFailedError, execute
-from megatron_llep.offline.launch.flags import load_config, parse_extra, read_value
+from megatron_llep.offline.launch.device import take_device
+from megatron_llep.offline.launch.execute import Run, RunFailedError, execute_all
+from megatron_llep.offline.launch.flags import load_config, parse_extra, read_value, split_extra
 from megatron_llep.offline.launch.torchrun import count_gpus
 from megatron_llep.offline.launch.twins import CONTROLS, KINDS, plan_twins
 from megatron_llep.offline.machine import describe_machine
@@ -118,10 +117,7 @@ def main(argv: Sequence[str], *, description: str, launcher: Path) -> int:
 
     Unusable options end the program with exit code 2.
     """
-    own, extra = list(argv), []
-    if "--" in own:
-        split = own.index("--")
-        own, extra = own[:split], own[split + 1 :]
+    own, extra = split_extra(argv)
     parser = build_parser(description)
     args = parser.parse_args(own)
     try:
@@ -133,7 +129,8 @@ def main(argv: Sequence[str], *, description: str, launcher: Path) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        execute_all(runs)
+        if runs:
+            execute_all(runs, take_device(runs[0].ranks))
     except RunFailedError as error:
         print(f"\ncompare: FAILED. {error}", file=sys.stderr)
         return 1
@@ -252,24 +249,6 @@ def plan(args: argparse.Namespace, extra: Sequence[str], launcher: Path) -> list
     return runs
 
 
-def execute_all(runs: Sequence[Run]) -> None:
-    """Run the commands one after another.
-
-    Raises:
-        RunFailedError: one ended badly.
-    """
-    if not runs:
-        return
-    ranks = int(runs[0].command[runs[0].command.index("--nproc") + 1])
-    device = choose_device(ranks, count_gpus(), len(os.sched_getaffinity(0)))
-    print(f"{ranks} ranks on the {device.name.upper()}", flush=True)
-    if device.note:
-        print(f"note: {device.note}", flush=True)
-    for run in runs:
-        print(f"\n$ {run.shell}", flush=True)
-        execute(run, device)
-
-
 def read_logs(
     args: argparse.Namespace, runs: Sequence[Run]
 ) -> tuple[tuple[RunLog, RunLog], RunLog | None]:
@@ -295,29 +274,22 @@ def read_logs(
 
 def finish(comparison: Comparison, args: argparse.Namespace, commands: Sequence[str]) -> int:
     """Write and print everything; returns the exit code."""
-    names = (comparison.reference.name, comparison.other.name)
+    first, second = comparison.names
     out = args.out
-    panels = standard_panels(comparison, names)
+    panels = standard_panels(comparison)
     note = NO_CONTROL if comparison.control is None else ""
     report = Report(
         comparison=comparison,
-        title=f"{names[0]} and {names[1]}, side by side",
+        title=f"{first} and {second}, side by side",
         intro=f"{comparison.reference.source} and {comparison.other.source}, compared on "
         f"{time.strftime('%Y-%m-%d')}. {note}",
-        names=names,
         rows=standard_rows(comparison),
         panels=panels,
         columns=2 if len(panels) in (2, 4) else 3,
         machine={"compared on": describe_machine()},
         commands=commands,
     )
-    write_report(
-        report,
-        summary=out / "compare.json",
-        picture=out / "compare.png",
-        page=out / "compare.html",
-        wandb_project=args.wandb_project,
-    )
+    write_report(report, out, ("compare.json", "compare.png", "compare.html"), args.wandb_project)
     if note:
         print(note)
     print(f"report: {out / 'compare.html'}", flush=True)

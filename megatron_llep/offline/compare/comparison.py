@@ -86,6 +86,16 @@ class Comparison:
     results: tuple[MetricResult, ...]
 
     @property
+    def sides(self) -> tuple[RunLog, RunLog]:
+        """Both runs, the reference first."""
+        return self.reference, self.other
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of both runs, for people."""
+        return self.reference.name, self.other.name
+
+    @property
     def judgements(self) -> tuple[Judgement, ...]:
         """Of the metrics that are judged."""
         return tuple(each.judgement for each in self.results if each.judgement is not None)

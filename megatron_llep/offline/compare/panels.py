@@ -12,9 +12,7 @@ import numpy as np
 from megatron_llep.offline.compare.comparison import MetricResult, Race
 from megatron_llep.offline.compare.rows import PhaseMark
 from megatron_llep.offline.compare.verdict import Judgement
-
-REFERENCE, OTHER, CONTROL = "#d1603d", "#1d6a96", "#8a8a8a"
-INK, FAINT, BAD = "#333333", "#bbbbbb", "#b3261e"
+from megatron_llep.offline.report.figure import BAD, CONTROL, FAINT, INK, LLEP, PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +26,10 @@ class OverSteps:
     def draw(self, axes: Any) -> None:
         """Draw it."""
         result = self.result
-        marker = "o" if result.reference.steps.size < 25 else None
         if result.control is not None:
             curve = result.control
             axes.plot(curve.steps, curve.values, "--", color=CONTROL, lw=1, label="control")
-        for curve, name, style in _sides(result, self.names):
-            axes.plot(curve.steps, curve.values, label=name, marker=marker, ms=4, **style)
+        _plot_sides(axes, result, self.names, "steps")
         title = f"{result.metric.title} over steps"
         if result.metric.smooth > 1:
             title += f" (mean of {result.metric.smooth})"
@@ -52,9 +48,7 @@ class OverTime:
     def draw(self, axes: Any) -> None:
         """Draw it."""
         result = self.result
-        marker = "o" if result.reference.steps.size < 25 else None
-        for curve, name, style in _sides(result, self.names):
-            axes.plot(curve.seconds, curve.values, label=name, marker=marker, ms=4, **style)
+        _plot_sides(axes, result, self.names, "seconds")
         axes.set(
             title=f"{result.metric.title} over wall time",
             xlabel="seconds of training",
@@ -67,7 +61,7 @@ class OverTime:
 
     def _mark_race(self, axes: Any, race: Race) -> None:
         axes.axhline(race.target, color=FAINT, lw=1, ls=":")
-        for reached, color in ((race.reference, REFERENCE), (race.other, OTHER)):
+        for reached, color in ((race.reference, PLAIN), (race.other, LLEP)):
             if reached is not None:
                 axes.plot(
                     reached.seconds, race.target, "o", color=color, ms=7, mec="white", zorder=5
@@ -104,7 +98,7 @@ class Apart:
         axes.step(found.steps, found.allowed, where="mid", color=BAD, lw=1, label="allowed")
         if found.control is not None:
             _plot_growth(axes, found.steps, found.control, CONTROL, "control")
-        _plot_growth(axes, found.steps, drawn, OTHER, self.names[1])
+        _plot_growth(axes, found.steps, drawn, LLEP, self.names[1])
         axes.set_ylim(lowest / 3, top)
         word = "within what is allowed" if found.agree else "MORE THAN IS ALLOWED"
         if not found.apart.any():
@@ -130,9 +124,9 @@ class BeforeAfter:
 
     def draw(self, axes: Any) -> None:
         """Draw it."""
-        axes.fill_between(self.steps, self.after, self.before, color=REFERENCE, alpha=0.12, lw=0)
-        axes.plot(self.steps, self.before, color=REFERENCE, label="before balancing")
-        axes.plot(self.steps, self.after, color=OTHER, label="after (LLEP)")
+        axes.fill_between(self.steps, self.after, self.before, color=PLAIN, alpha=0.12, lw=0)
+        axes.plot(self.steps, self.before, color=PLAIN, label="before balancing")
+        axes.plot(self.steps, self.after, color=LLEP, label="after (LLEP)")
         axes.axhline(self.balanced, color=FAINT, lw=1, ls=":")
         axes.set(title=self.title, ylabel=self.ylabel)
         axes.set_ylim(self.bottom, max(1.1 * self.balanced, self.before.max() * 1.15))
@@ -188,7 +182,7 @@ class StepTime:
 
     def draw(self, axes: Any) -> None:
         """Draw it."""
-        for side, color in enumerate((REFERENCE, OTHER)):
+        for side, color in enumerate((PLAIN, LLEP)):
             axes.plot(self.steps[side], self.seconds[side], ".", color=color, ms=4, alpha=0.35)
             label = f"{self.names[side]}, median {self.medians[side]:.3g} s"
             axes.hlines(self.medians[side], *self.timed, color=color, lw=2.5, label=label)
@@ -214,7 +208,7 @@ class Bars:
         """Draw it."""
         for row, side in enumerate((1, 0)):
             value, part = self.values[side], self.parts[side]
-            axes.barh(row, value, color=(REFERENCE, OTHER)[side], height=0.55, alpha=0.85)
+            axes.barh(row, value, color=(PLAIN, LLEP)[side], height=0.55, alpha=0.85)
             text = f"  {value:.0f} {self.unit}"
             if part is not None:
                 axes.barh(row, value - part, color="white", alpha=0.45, height=0.55)
@@ -225,13 +219,14 @@ class Bars:
         axes.set(title=self.title, xlabel=self.xlabel)
 
 
-def _sides(result: MetricResult, names: tuple[str, str]):
-    """Curve, name and style of both runs: the second is to be seen on top of the first."""
-    thin = {"color": OTHER, "lw": 1.4}
-    return (
-        (result.reference, names[0], {"color": REFERENCE, "lw": 5, "alpha": 0.45}),
-        (result.other, names[1], thin),
-    )
+def _plot_sides(axes: Any, result: MetricResult, names: tuple[str, str], over: str) -> None:
+    """Both runs over their `steps` or `seconds`: the second is to be seen on top of the first."""
+    marker = "o" if result.reference.steps.size < 25 else None
+    for curve, name, style in (
+        (result.reference, names[0], {"color": PLAIN, "lw": 5, "alpha": 0.45}),
+        (result.other, names[1], {"color": LLEP, "lw": 1.4}),
+    ):
+        axes.plot(getattr(curve, over), curve.values, label=name, marker=marker, ms=4, **style)
 
 
 def _plot_growth(axes: Any, steps: np.ndarray, sizes: np.ndarray, color: str, name: str) -> None:

@@ -6,11 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_llep.offline.cli.plotting import import_pyplot
 from megatron_llep.offline.compare.comparison import Comparison
 from megatron_llep.offline.compare.panels import (
-    FAINT,
-    INK,
     Apart,
     BeforeAfter,
     OverSteps,
@@ -25,21 +22,7 @@ from megatron_llep.offline.compare.rows import (
     timed_steps,
 )
 from megatron_llep.offline.compare.run_log import RunLog
-
-STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-}
+from megatron_llep.offline.report.figure import open_figure
 
 
 class Panel(Protocol):
@@ -55,65 +38,50 @@ def draw_picture(panels: Sequence[Panel], title: str, path: Path, *, columns: in
     Raises:
         ImportError: matplotlib is missing; says how to get it.
     """
-    plt = import_pyplot()
     rows = -(-len(panels) // columns)
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(6.2 * columns, 3.7 * rows + 0.5), layout="constrained"
-        )
+    size = (6.2 * columns, 3.7 * rows + 0.5)
+    with open_figure(path, size, rows=rows, columns=columns) as (figure, grid):
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-        cells = np.atleast_1d(grid).ravel()
-        for panel, axes in zip(panels, cells, strict=False):
+        for panel, axes in zip(panels, grid.flat, strict=False):
             panel.draw(axes)
-        for axes in cells[len(panels) :]:
+        for axes in grid.flat[len(panels) :]:
             axes.remove()
-        figure.suptitle(title, fontsize=14, fontweight="bold")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+        figure.suptitle(title)
 
 
-def metric_panels(
-    comparison: Comparison, names: tuple[str, str], phases: Sequence[PhaseMark] = ()
-) -> list[Panel]:
+def metric_panels(comparison: Comparison, phases: Sequence[PhaseMark] = ()) -> list[Panel]:
     """Of each metric: over steps, over wall time and, if it is judged, how far apart."""
+    names = comparison.names
     panels: list[Panel] = []
     for result in comparison.results:
         panels.append(OverSteps(result=result, names=names, phases=phases))
         panels.append(OverTime(result=result, names=names))
         if result.judgement is not None:
+            title = result.metric.title
             panels.append(
-                Apart(
-                    judgement=result.judgement,
-                    title=result.metric.title,
-                    names=names,
-                    phases=phases,
-                )
+                Apart(judgement=result.judgement, title=title, names=names, phases=phases)
             )
     return panels
 
 
-def standard_panels(comparison: Comparison, names: tuple[str, str]) -> list[Panel]:
+def standard_panels(comparison: Comparison) -> list[Panel]:
     """All panels of a comparison that need nothing but the logs."""
-    panels = metric_panels(comparison, names)
+    panels = metric_panels(comparison)
     panels += load_panels(comparison.other)
-    panels += step_time_panels(comparison, names)
+    panels += step_time_panels(comparison)
     return panels
 
 
-def load_panels(log: RunLog, phases: Sequence[PhaseMark] = ()) -> list[Panel]:
-    """Imbalance and work of the most loaded rank, before and after; none of a plain run."""
-    curves = [
-        log.curves.get(f"{LLEP_PREFIX}{name}_{when}")
-        for name in ("overload_factor", "max_tokens")
-        for when in ("before", "after")
-    ]
-    if any(curve is None for curve in curves):
+def imbalance_panel(
+    log: RunLog, title: str, stem: str, phases: Sequence[PhaseMark] = ()
+) -> list[Panel]:
+    """Most loaded rank / mean, logged as `STEM_before` and `STEM_after`; none where it was not."""
+    before, after = (log.curves.get(f"{stem}_{when}") for when in ("before", "after"))
+    if before is None or after is None:
         return []
-    before, after, most_before, most_after = (curve for curve in curves if curve is not None)
     return [
         BeforeAfter(
-            title="Imbalance of the worst layer",
+            title=title,
             ylabel="most loaded rank / mean",
             steps=before.steps,
             before=before.values,
@@ -121,27 +89,35 @@ def load_panels(log: RunLog, phases: Sequence[PhaseMark] = ()) -> list[Panel]:
             balanced=1,
             bottom=0.95,
             phases=phases,
-        ),
+        )
+    ]
+
+
+def load_panels(log: RunLog, phases: Sequence[PhaseMark] = ()) -> list[Panel]:
+    """Imbalance and work of the most loaded rank, before and after; none of a plain run."""
+    stem = LLEP_PREFIX + "overload_factor"
+    panels = imbalance_panel(log, "Imbalance of the worst layer", stem, phases)
+    before, after = (log.curves.get(f"{LLEP_PREFIX}max_tokens_{w}") for w in ("before", "after"))
+    if not panels or before is None or after is None:
+        return []
+    return [
+        *panels,
         BeforeAfter(
             title="Work of the most loaded rank, worst layer",
             ylabel="(token, expert) pairs computed",
-            steps=most_before.steps,
-            before=most_before.values,
-            after=most_after.values,
-            balanced=float(np.median(most_before.values / before.values)),
+            steps=before.steps,
+            before=before.values,
+            after=after.values,
+            balanced=float(np.median(before.values / log.curve(stem + "_before").values)),
             bottom=0,
             phases=phases,
         ),
     ]
 
 
-def step_time_panels(
-    comparison: Comparison, names: tuple[str, str], phases: Sequence[PhaseMark] = ()
-) -> list[Panel]:
+def step_time_panels(comparison: Comparison, phases: Sequence[PhaseMark] = ()) -> list[Panel]:
     """Megatron's time of each step, if both runs logged it; of phases the last one is timed."""
-    reference, other = (
-        run.curves.get(STEP_TIME) for run in (comparison.reference, comparison.other)
-    )
+    reference, other = (run.curves.get(STEP_TIME) for run in comparison.sides)
     if reference is None or other is None:
         return []
     timed = timed_steps(reference, phases)
@@ -151,7 +127,7 @@ def step_time_panels(
             seconds=(reference.values, other.values),
             medians=(median_between(reference, timed), median_between(other, timed)),
             timed=timed,
-            names=names,
+            names=comparison.names,
             phases=phases,
         )
     ]

@@ -1,17 +1,17 @@
 """Write a comparison: JSON, PNG, HTML, and wandb runs where wandb is on; say it in the terminal."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_llep.offline.compare.comparison import Comparison
-from megatron_llep.offline.compare.page import Page
 from megatron_llep.offline.compare.picture import Panel, draw_picture
-from megatron_llep.offline.compare.table import Row, format_table, format_verdict
+from megatron_llep.offline.compare.table import Row, format_verdict
 from megatron_llep.offline.compare.wandb_out import log_comparison, wandb_is_on
+from megatron_llep.offline.report import page as html
+from megatron_llep.offline.report.results import write_results
+from megatron_llep.offline.report.table import format_table
 
 HOW_MEASURED = {
     "difference": "At each step that both runs logged, as a part of the first run's value unless "
@@ -38,15 +38,13 @@ HOW_MEASURED = {
 class Report:
     """All that is said about a comparison.
 
-    names: of the two runs, for people.
     subject: what agrees or differs, in the plural; None: the two runs.
-    figures: more entries for the JSON file, first ones.
+    figures: more entries for the JSON file.
     """
 
     comparison: Comparison
     title: str
     intro: str
-    names: tuple[str, str]
     rows: Sequence[Row]
     panels: Sequence[Panel]
     columns: int = 3
@@ -61,49 +59,35 @@ class Report:
         """In one sentence."""
         return format_verdict(self.comparison, self.subject)
 
+    @property
+    def table(self) -> list[Row]:
+        """The rows below a head that names the runs."""
+        return [("", *self.comparison.names, ""), *self.rows]
+
 
 def write_report(
-    report: Report,
-    *,
-    summary: Path,
-    picture: Path,
-    page: Path,
-    wandb_project: str | None = None,
-    wandb_folder: Path | None = None,
+    report: Report, folder: Path, files: tuple[str, str, str], wandb_project: str | None = None
 ) -> None:
-    """Write the files and print table, verdict and where the page is.
+    """Write the files and print table and verdict.
 
     Args:
         report: what to write.
-        summary: JSON file.
-        picture: PNG file.
-        page: HTML file.
+        folder: of the files; also where wandb makes its own.
+        files: names of the JSON, PNG and HTML file.
         wandb_project: where the comparison is logged, if wandb is on; None: nowhere.
-        wandb_folder: where wandb makes its folder; default: that of the page.
     """
-    page.parent.mkdir(parents=True, exist_ok=True)
+    summary, picture, page = (folder / name for name in files)
     figures = {
         **report.figures,
         "verdict": report.verdict,
         "comparison": report.comparison.describe(),
-        "rows": [list(row) for row in report.rows],
-        "machine": dict(report.machine),
-        "how_measured": dict(report.how_measured),
+        "rows": report.rows,
+        "how_measured": report.how_measured,
     }
-    summary.write_text(json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n")
+    write_results(summary, figures, machine=report.machine)
     draw_picture(report.panels, report.title, picture, columns=report.columns)
-    Page(
-        title=report.title,
-        intro=report.intro,
-        agree=report.comparison.agree,
-        verdict=report.verdict,
-        names=report.names,
-        rows=report.rows,
-        how_measured=report.how_measured,
-        machine=report.machine,
-        commands=report.commands,
-    ).write(picture, page)
-    print(f"\n{format_table(report.rows, report.names)}\n")
+    html.write_page(page, report.title, _make_parts(report, picture))
+    print(f"\n{format_table(report.table, '<>><', rule=True)}\n")
     print(report.verdict)
     if wandb_project and wandb_is_on():
         log_comparison(
@@ -112,17 +96,27 @@ def write_report(
             report.verdict,
             picture,
             project=wandb_project,
-            group=page.parent.resolve().name,
-            folder=wandb_folder or page.parent,
+            group=folder.resolve().name,
+            folder=folder,
         )
 
 
-def _finite(value: Any) -> Any:
-    """The same with numbers that JSON does not know as text."""
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+def _make_parts(report: Report, picture: Path) -> list[str]:
+    """The page, from top to bottom."""
+    parts = [
+        html.make_text(report.intro),
+        html.make_text(
+            report.verdict, kind=f"verdict {'good' if report.comparison.agree else 'bad'}"
+        ),
+        html.make_table(report.table, "noted"),
+        html.make_picture(picture, "Curves of both runs"),
+        html.make_text("How it was measured", "h2"),
+        html.make_definitions(report.how_measured),
+    ]
+    if report.machine:
+        parts.append(html.make_text("Machine", "h2"))
+        parts.append(html.make_table(list(report.machine.items()), "facts", head=False))
+    if report.commands:
+        parts.append(html.make_text("Commands", "h2"))
+        parts.append(html.make_text("\n".join(report.commands), "pre"))
+    return parts

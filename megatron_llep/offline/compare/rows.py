@@ -1,6 +1,6 @@
 """Rows of the table that Megatron's and LLEP's own metrics give, where they were logged."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,28 +28,28 @@ class PhaseMark:
 def standard_rows(comparison: Comparison) -> list[Row]:
     """All figures of a comparison that need nothing but the logs."""
     rows = [row for result in comparison.results for row in metric_rows(result)]
-    sides = (comparison.reference, comparison.other)
-    seconds = (sides[0].seconds, sides[1].seconds)
-    shown = [f"{each:.1f} s" for each in seconds]
-    rows.append(("wall time of training", shown[0], shown[1], format_ratio(*seconds)))
-    rows += _row("step time, median", sides, _step_time, lambda ms: f"{ms:.0f} ms")
-    rows += _row("imbalance, worst layer, median", sides, _imbalance, lambda x: f"{x:.2f}")
-    rows += _row("imbalance, worst step and layer", sides, _worst_imbalance, lambda x: f"{x:.2f}")
-    rows += _row("peak memory of the worst rank", sides, _peak, lambda mib: f"{mib:.0f} MiB")
+    reference, other = comparison.sides
+    found = (
+        ("wall time of training", "{:.1f} s", lambda run, _: run.seconds),
+        ("step time, median", "{:.0f} ms", _step_time),
+        ("imbalance, worst layer, median", "{:.2f}", _imbalance),
+        ("imbalance, worst step and layer", "{:.2f}", _worst_imbalance),
+        ("peak memory of the worst rank", "{:.0f} MiB", _peak),
+    )
+    for title, form, measure in found:
+        first, second = measure(reference, other), measure(other, reference)
+        if first is not None and second is not None:  # both logged it
+            rows.append(pair_row(title, (first, second), form))
     return rows
 
 
-def _row(
-    title: str,
-    sides: tuple[RunLog, RunLog],
-    measure: Callable[[RunLog, RunLog], float | None],
-    show: Callable[[float], str],
-) -> list[Row]:
-    """One row, or none where a run did not log it."""
-    reference, other = measure(sides[0], sides[1]), measure(sides[1], sides[0])
-    if reference is None or other is None:
-        return []
-    return [(title, show(reference), show(other), format_ratio(reference, other))]
+def pair_row(
+    title: str, pair: tuple[float, float], form: str = "{:.2f}", note: str | None = None
+) -> Row:
+    """A figure of both runs, shown as `form` says; the note is their ratio if none is given."""
+    reference, other = pair
+    told = format_ratio(reference, other) if note is None else note
+    return title, form.format(reference), form.format(other), told
 
 
 def timed_steps(curve: Curve, phases: Sequence[PhaseMark] = ()) -> tuple[int, int]:

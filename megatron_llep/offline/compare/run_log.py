@@ -122,36 +122,6 @@ def join_sessions(sessions: Sequence[Session], name: str, source: str) -> RunLog
     return RunLog(name, source, {metric: _to_curve(rows) for metric, rows in kept.items()})
 
 
-def join_phases(phases: Sequence[RunLog], *, renumber: bool = False) -> RunLog:
-    """Join runs that continue each other on one axis of steps and of seconds.
-
-    Args:
-        phases: in their order; the first gives the name.
-        renumber: a later phase counts its steps from 1 again; they go on from the last one's.
-
-    Raises:
-        ValueError: steps overlap and `renumber` is off.
-    """
-    parts: dict[str, list[np.ndarray]] = {}
-    step = 0
-    seconds = 0.0
-    for phase in phases:
-        shift = step if renumber else 0
-        for metric, curve in phase.curves.items():
-            rows = np.stack([curve.steps + shift, curve.values, curve.seconds + seconds], axis=1)
-            earlier = parts.setdefault(metric, [])
-            if earlier and earlier[-1][-1, 0] >= rows[0, 0]:
-                raise ValueError(
-                    f"{phase.source}: {metric!r} is at step {rows[0, 0]:.0f} again; phases that "
-                    "count their steps anew need renumber=True"
-                )
-            earlier.append(rows)
-        step = max(step, phase.last_step + shift)
-        seconds += phase.seconds
-    curves = {metric: _to_curve(np.concatenate(rows)) for metric, rows in parts.items()}
-    return RunLog(phases[0].name, ", ".join(phase.source for phase in phases), curves)
-
-
 def _without_samples(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {metric: each for metric, each in rows.items() if not metric.endswith(" vs samples")}
 

@@ -1,4 +1,4 @@
-"""The comparison in words: a table of figures and a verdict of one sentence."""
+"""The comparison in words: rows of figures and a verdict of one sentence."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,6 @@ from megatron_llep.offline.compare.verdict import Check, Judgement
 
 Row = tuple[str, str, str, str]
 """Figure, reference, other, and what the two say together."""
-
-
-def format_table(rows: Sequence[Row], names: tuple[str, str]) -> str:
-    """The table as text; `names` are those of the two runs."""
-    table = [("", *names, ""), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
-    lines = []
-    for name, reference, other, note in table:
-        line = f"{name:<{widths[0]}}  {reference:>{widths[1]}}  {other:>{widths[2]}}  {note}"
-        lines.append(line.rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
 
 
 def format_ratio(reference: float, other: float) -> str:

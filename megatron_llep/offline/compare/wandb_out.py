@@ -7,9 +7,8 @@ time of training as `train-seconds`, to be chosen as the x axis.
 import importlib.util
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_llep.offline.compare.comparison import Comparison
 from megatron_llep.offline.compare.run_log import RunLog
@@ -33,7 +32,6 @@ def log_comparison(
     project: str,
     group: str,
     folder: Path,
-    figures: Mapping[str, Any] | None = None,
 ) -> None:
     """Write wandb runs: one of each side, one of the control, one with table and verdict.
 
@@ -47,7 +45,6 @@ def log_comparison(
         project: of wandb.
         group: under which the runs are gathered.
         folder: where wandb makes its own folder.
-        figures: more numbers for the summary.
     """
     import wandb
 
@@ -72,12 +69,10 @@ def log_comparison(
             for step, values in _by_step(log):
                 run.log(values, step=step)
     with start("comparison", "comparison") as run:
-        names = [comparison.reference.name, comparison.other.name]
-        table = wandb.Table(
-            columns=["figure", *names, "together"], data=[list(row) for row in rows]
-        )
+        columns: list[str | int] = ["figure", *comparison.names, "together"]
+        table = wandb.Table(columns=columns, data=[list(row) for row in rows])
         run.log({"comparison": table, "picture": wandb.Image(str(image))})
-        run.summary.update({"agree": comparison.agree, "verdict": verdict, **(figures or {})})
+        run.summary.update({"agree": comparison.agree, "verdict": verdict})
 
 
 def _by_step(log: RunLog) -> list[tuple[int, dict[str, float]]]:

@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from megatron_llep.offline.launch.torchrun import count_gpus
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -36,3 +38,13 @@ def choose_device(world_size: int, gpu_count: int, cores: int) -> Device:
             f"{world_size} ranks share {cores} cores: step times say nothing about balance here"
         )
     return Device(name="cpu", note="; ".join(notes) or None)
+
+
+def take_device(world_size: int, layout: str = "") -> Device:
+    """Choose what this machine has, and say so; `layout` goes beside the number of ranks."""
+    device = choose_device(world_size, count_gpus(), len(os.sched_getaffinity(0)))
+    ranks = f"{world_size} ranks{layout and f', {layout},'}"
+    print(f"{ranks} on the {device.name.upper()}", flush=True)
+    if device.note:
+        print(f"note: {device.note}", flush=True)
+    return device

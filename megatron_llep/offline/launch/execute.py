@@ -7,9 +7,10 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class RunFailedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training command.
+    """One training command of so many `ranks`.
 
     `kind` is the side of a comparison that it belongs to, `title` what people are told it is.
     Its steps are `first_step` to `first_step + steps - 1` as Megatron counts them.
@@ -43,6 +44,7 @@ class Run:
     kind: str
     title: str
     command: list[str]
+    ranks: int
     log: Path
     tensorboard: Path
     steps: int
@@ -53,6 +55,11 @@ class Run:
     def shell(self) -> str:
         """The command as it can be typed in the present folder."""
         return shlex.join(self.command).replace(f"{Path.cwd()}/", "")
+
+
+def end_on_sigterm() -> None:
+    """Turn SIGTERM into an exception, so that the processes of a run end with this one."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def parse_step(line: str) -> tuple[int, dict[str, float]] | None:
@@ -120,6 +127,19 @@ def execute(run: Run, device: Device, silence_s: float = SILENCE_S) -> MemoryWat
     if code:
         raise RunFailedError(_tail(run, f"exit code {code}"))
     return watch
+
+
+def execute_all(runs: Sequence[Run], device: Device) -> list[MemoryWatch]:
+    """Run the commands one after another, saying each; what `execute` returns of each.
+
+    Raises:
+        RunFailedError: one ended badly; the later ones do not run.
+    """
+    watches = []
+    for run in runs:
+        print(f"\n$ {run.shell}", flush=True)
+        watches.append(execute(run, device))
+    return watches
 
 
 def _describe(run: Run, values: Mapping[str, float]) -> str:

@@ -92,6 +92,12 @@ def parse_override(text: str) -> Flags:
         raise ValueError(f"--set {text}: the value is not valid YAML") from error
 
 
+def split_extra(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A script's own arguments, and Megatron's flags after `--`."""
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:end]), list(argv[end + 1 :])
+
+
 def parse_extra(tokens: Sequence[str]) -> Flags:
     """Read what follows `--`: `--flag`, `--flag=value` or `--flag value value ...`.
 

@@ -75,7 +75,7 @@ def plan_twins(
     shared = {name: value for name, value in extra.items() if name not in llep_extra}
     flags = sections["MODEL_ARGS"] | sections["LAYOUT_ARGS"] | shared
     steps = _read_number(flags, "--train-iters")
-    nproc = nproc or choose_nproc(flags, 1, gpu_count)
+    ranks = nproc or choose_nproc(flags, 1, gpu_count)
     shared["--log-timers-to-tensorboard"] = True
     if "--log-interval" not in flags:
         shared["--log-interval"] = 1
@@ -83,30 +83,32 @@ def plan_twins(
     if control == "seed":
         changed = {"--seed": int(str(read_value(flags, "--seed", 1234))) + 1}
     elif control == "order":
-        changed = _other_order(flags, nproc)
+        changed = _other_order(flags, ranks)
         shared["--global-batch-size"] = changed["--global-batch-size"]
 
     if not sections["LLEP_ARGS"].get("--moe-llep"):
         llep_extra["--moe-llep"] = True
-    runs = []
+    runs: list[Run] = []
 
     def add(kind: str, title: str, own: Flags, steps: int) -> None:
-        folder = out / kind / "tensorboard"
-        logged: Flags = {"--tensorboard-dir": folder}
         if save or kind == "init":
             own = own | {"--save": checkpoint_of(out, kind), "--save-interval": steps}
             own |= {"--no-save-optim": True, "--no-save-rng": True}
         if wandb_project and kind != "init":
-            logged |= {"--wandb-project": wandb_project, "--wandb-exp-name": kind}
-            logged |= {"--wandb-save-dir": out / kind}
-        command = [sys.executable, str(launcher), str(config)]
-        command += [] if kind == "llep" else ["--no-llep"]
-        command += ["--script", str(script)] if script else []
-        command += ["--nproc", str(nproc)]
-        command += ["--", *format_flags(shared | own | logged)]
-        log = out / "logs" / f"{kind}.log"
+            own = own | {"--wandb-project": wandb_project, "--wandb-exp-name": kind}
+            own |= {"--wandb-save-dir": out / kind}
         runs.append(
-            Run(kind=kind, title=title, command=command, log=log, tensorboard=folder, steps=steps)
+            make_run(
+                kind,
+                title,
+                shared | own,
+                config=config,
+                launcher=launcher,
+                script=script,
+                out=out,
+                nproc=ranks,
+                steps=steps,
+            )
         )
 
     start: Flags = {}
@@ -120,6 +122,43 @@ def plan_twins(
         what = {"order": "other order of sums", "seed": "other seed"}[control]
         add("control", f"plain EP, {what}", start | changed, steps)
     return runs
+
+
+def make_run(
+    kind: str,
+    title: str,
+    flags: Flags,
+    *,
+    config: Path,
+    launcher: Path,
+    out: Path,
+    nproc: int,
+    steps: int,
+    first_step: int = 1,
+    phase: str = "",
+    script: Path | None = None,
+) -> Run:
+    """One training command, without LLEP unless its kind is llep.
+
+    It logs to `out`: its console to `logs`, TensorBoard to a folder of its kind and, if the run is
+    one of several phases, of its phase.
+    """
+    label = f"{kind}-{phase}" if phase else ""
+    tensorboard = out / kind / "tensorboard" / label
+    command = [sys.executable, str(launcher), str(config)]
+    command += [] if kind == "llep" else ["--no-llep"]
+    command += ["--script", str(script)] if script else []
+    command += ["--nproc", str(nproc), "--"]
+    return Run(
+        kind=kind,
+        title=title,
+        command=command + format_flags(flags | {"--tensorboard-dir": tensorboard}),
+        ranks=nproc,
+        log=out / "logs" / f"{label or kind}.log",
+        tensorboard=tensorboard,
+        steps=steps,
+        first_step=first_step,
+    )
 
 
 def checkpoint_of(out: Path, kind: str) -> Path:

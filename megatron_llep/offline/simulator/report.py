@@ -1,11 +1,10 @@
 """A simulation's results for people: tables, a picture, and one self-contained HTML page."""
 
-import base64
-import html
-import io
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+from megatron_llep.offline.report.figure import METHODS, draw_bars, open_figure
+from megatron_llep.offline.report.page import make_picture, make_table, make_text, write_page
 from megatron_llep.offline.simulator.run import Outcome
 
 
@@ -23,6 +22,17 @@ class Result:
     def label(self) -> str:
         """What distinguishes it from others of the same model."""
         return f"{self.routing}, EP {self.num_ranks}"
+
+
+def group_by_model(results: list[Result]) -> dict[str, list[Result]]:
+    """The results of each model, headed by its name and what a rank gets."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.model, []).append(result)
+    return {
+        f"{model}, {of_model[0].tokens_per_rank} tokens a rank": of_model
+        for model, of_model in groups.items()
+    }
 
 
 def layer_speedup(result: Result, method: str) -> float:
@@ -69,76 +79,39 @@ def make_detail_table(result: Result) -> list[list[str]]:
     return rows
 
 
-def format_table(rows: list[list[str]]) -> str:
-    """Columns, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        first, *rest = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([first.lstrip().ljust(widths[0]), *rest]))
-    return "\n".join(lines)
+def draw_speedups(results: list[Result], output: Path) -> None:
+    """Draw a panel for each model: the methods' speed-up over plain EP by routing.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    groups = group_by_model(results)
+    size = (max(6.0, 0.9 * max(map(len, groups.values())) + 2), 3.4 * len(groups))
+    with open_figure(output, size, rows=len(groups)) as (_, axes):
+        for panel, (head, rows) in zip(axes.flat, groups.items(), strict=True):
+            methods = [method for method in rows[0].outcomes if method != "plain"]
+            speedups = {m: [layer_speedup(row, m) for row in rows] for m in methods}
+            draw_bars(panel, speedups, [_choose_color(m, methods) for m in methods])
+            panel.set_xticks(range(len(rows)), [row.label for row in rows], rotation=30, ha="right")
+            panel.set(title=head, ylabel="layer: plain EP / method")
+        axes[0, 0].legend(fontsize=8, ncols=4)
 
 
-def draw_speedups(plt: Any, results: list[Result]) -> Any:
-    """A figure with a panel for each model: the methods' speed-up over plain EP by routing."""
-    models = list(dict.fromkeys(result.model for result in results))
-    most = max(sum(result.model == model for result in results) for model in models)
-    size = (max(6.0, 0.9 * most + 2), 3.2 * len(models))
-    figure, axes = plt.subplots(len(models), 1, figsize=size, layout="constrained", squeeze=False)
-    for panel, model in zip(axes[:, 0], models, strict=True):
-        rows = [result for result in results if result.model == model]
-        methods = [method for method in rows[0].outcomes if method != "plain"]
-        for i, method in enumerate(methods):
-            panel.bar(
-                [x + (i + 0.5) * 0.8 / len(methods) - 0.4 for x in range(len(rows))],
-                [layer_speedup(row, method) for row in rows],
-                width=0.8 / len(methods),
-                label=method,
-                color="0.8" if method == "optimum" else None,
-            )
-        panel.axhline(1, color="black", linewidth=0.8)
-        panel.set_xticks(range(len(rows)), [row.label for row in rows], rotation=30, ha="right")
-        panel.set_title(f"{model}, {rows[0].tokens_per_rank} tokens a rank", fontsize=10)
-        panel.set_ylabel("layer: plain EP / method")
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=8, ncols=4)
-    return figure
+def _choose_color(method: str, methods: list[str]) -> str:
+    return "0.8" if method == "optimum" else METHODS[methods.index(method)]
 
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-size: .85rem; margin-bottom: 2rem; }
-th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-"""
-
-
-def make_page(results: list[Result], figure: Any, machine: str, command: str) -> str:
+def write_html(
+    output: Path, results: list[Result], picture: Path, machine: str, command: str
+) -> None:
     """One HTML page with the picture and all tables."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
     parts = [
-        f"<p>Predicted, not measured. Machine: {html.escape(machine)}.</p>",
-        f"<pre>{html.escape(command)}</pre>",
-        f'<img src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">',
+        make_text(f"Predicted, not measured. Machine: {machine}."),
+        make_text(command, "pre"),
+        make_picture(picture, "Speed-up of each method"),
     ]
-    for model in dict.fromkeys(result.model for result in results):
-        of_model = [result for result in results if result.model == model]
-        parts += [f"<h2>{html.escape(model)}</h2>", _to_html(make_speedup_table(of_model))]
+    for head, of_model in group_by_model(results).items():
+        parts += [make_text(head, "h2"), make_table(make_speedup_table(of_model))]
         for result in of_model:
-            parts += [f"<h3>{html.escape(result.label)}</h3>", _to_html(make_detail_table(result))]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>megatron_llep simulate'
-        f"</title><style>{_STYLE}</style><h1>Expert parallelism, simulated</h1>"
-        + "\n".join(parts)
-        + "</html>\n"
-    )
-
-
-def _to_html(rows: list[list[str]]) -> str:
-    head, *body = [
-        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-        for tag, row in zip(["th", *["td"] * len(rows)], rows, strict=False)
-    ]
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in body) + "</table>"
+            parts += [make_text(result.label, "h3"), make_table(make_detail_table(result))]
+    write_page(output, "Expert parallelism, simulated", parts)

@@ -37,7 +37,7 @@ def test_plan_prints_the_plan(capsys):
 
 
 def _borrowed(row):
-    return [part.split()[-1] for part in row[29:].split(":")[:-1]]
+    return [part.split()[-1] for part in row.split(maxsplit=3)[3].split(":")[:-1]]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
