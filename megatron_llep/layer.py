@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_llep.config import LLEPConfig
 from megatron_llep.dispatcher import Decision, LLEPTokenDispatcher
 from megatron_llep.experts import GroupedMM, make_lendable
+from megatron_llep.experts.unchanged import UnchangedExperts
 from megatron_llep.lending.loan import WeightLoan
 from megatron_llep.lending.nodes import gate, lend, recall, relay, settle
 from megatron_llep.lending.packing import Weights
@@ -44,6 +45,7 @@ class LLEPMoELayer(MoELayer):
         check_config(config, llep)  # before Megatron builds a dispatcher that is refused
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        check_layer(self, llep)
         self._start_llep(llep, shared, pg_collection)
 
     @classmethod
@@ -57,35 +59,28 @@ class LLEPMoELayer(MoELayer):
     ) -> None:
         """Turn a built `MoELayer` into this class, in place: same parameters, same module.
 
-        Raises:
-            ValueError: if the layer is of a subclass, whose own behaviour would be lost.
+        The caller has checked it, and prepared its groups.
         """
-        if type(layer) is not MoELayer:
-            raise ValueError(
-                f"--moe-llep: cannot convert a {type(layer).__name__}; "
-                "only megatron.core's MoELayer itself is supported"
-            )
+        assert type(layer) is MoELayer, "the behaviour of a subclass would be lost"
         layer.__class__ = cls
         layer._start_llep(llep, shared, pg_collection)
 
     def _start_llep(
         self, llep: LLEPConfig, shared: SharedLending, pg_collection: ProcessGroupCollection
     ) -> None:
-        check_layer(self, llep)
+        groups = shared.groups_of(pg_collection)
         if llep.expert_gemm == "grouped_mm":
             GroupedMM.convert(self.experts)
         self.llep = llep
         self.lendable = make_lendable(self.experts)
+        self.unchanged_experts = UnchangedExperts(self.experts)
         self.shared_lending = shared
-        groups = pg_collection
-        if llep.replicas == "expert-dp":
-            groups = shared.join_replicas(pg_collection)
-        self.lending_group = shared.group_like(groups.ep)
+        self.lending_group = groups.lending
         self.token_dispatcher = LLEPTokenDispatcher(
             self.num_local_experts,
             self.local_expert_indices,
             self.config,
-            groups,
+            groups.tokens,
             llep=llep,
         )
         if self.use_shared_expert and self.shared_expert_overlap:
@@ -107,6 +102,7 @@ class LLEPMoELayer(MoELayer):
         progress, place = self.shared_lending.progress, self._count_forward()
         progress.enter(f"forward of {place}")
         with progress.told_in_errors():
+            self.unchanged_experts.check(self.experts)
             outputs = super().forward(hidden_states, *args, **kwargs)
         if outputs[0].requires_grad:
             outputs[0].register_hook(lambda _: progress.enter(f"backward of {place}"))
