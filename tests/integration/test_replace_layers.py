@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -30,7 +31,7 @@ class Special(MoELayer):
 
 @dataclass
 class Stack:
-    """As a hybrid stack: a layer of each kind."""
+    """Of whatever kinds of layers."""
 
     dense_layer: Any = TransformerLayer
     moe_layer: Any = None
@@ -42,13 +43,13 @@ def make_layer(mlp: Any) -> ModuleSpec:
 
 
 def test_of_a_hybrid_stack_the_moe_layers_alone_are_replaced():
-    stack = ModuleSpec(module=object, submodules=Stack(moe_layer=make_layer(MOE)))
-    replaced = replace_moe_layers(stack, SETTINGS)
-    assert stack.submodules.moe_layer.submodules.mlp is MOE
-    assert replaced.submodules.dense_layer is stack.submodules.dense_layer
-    mlp = replaced.submodules.moe_layer.submodules.mlp
-    assert mlp.func is LLEPMoELayer
-    assert mlp.keywords == {**MOE.keywords, **SETTINGS}
+    replaced = replace_moe_layers(hybrid_stack_spec, SETTINGS)
+    before, after = vars(hybrid_stack_spec.submodules), vars(replaced.submodules)
+    assert [name for name in after if after[name] is not before[name]] == ["moe_layer"]
+    plain, ours = before["moe_layer"].submodules.mlp, after["moe_layer"].submodules.mlp
+    assert plain.func is MoELayer
+    assert ours.func is LLEPMoELayer
+    assert ours.keywords == {**plain.keywords, **SETTINGS}
 
 
 @pytest.mark.parametrize(
