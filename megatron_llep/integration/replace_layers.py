@@ -49,7 +49,7 @@ def replace_moe_layers(spec: Any, settings: Settings, path: str = "the specifica
     if type(spec) is dict:
         changes = _replace_in(spec.items(), settings, path)
         return spec | changes if changes else spec
-    if is_dataclass(spec) or isinstance(spec, SimpleNamespace):
+    if hasattr(spec, "__dict__") and (is_dataclass(spec) or isinstance(spec, SimpleNamespace)):
         changes = _replace_in(vars(spec).items(), settings, path)
         return _copy(spec, **changes) if changes else spec
     return spec
