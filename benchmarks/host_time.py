@@ -102,8 +102,6 @@ def _be_one_rank() -> Iterator[None]:
     """Process groups of P ranks, of which there is one."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_llep.lending import shared
-
     done = SimpleNamespace(wait=lambda: True)
 
     def gather(output: torch.Tensor, mine: torch.Tensor, **_: Any) -> Any:
@@ -123,8 +121,6 @@ def _be_one_rank() -> Iterator[None]:
         with (
             mock.patch.object(dist, "all_gather_into_tensor", gather),
             mock.patch.object(dist, "all_to_all_single", exchange),
-            # The stand-in has no options to read it from.
-            mock.patch.object(shared, "_get_timeout", return_value=None),
         ):
             yield
     finally:

@@ -21,6 +21,7 @@ from megatron_llep.config import LLEPConfig
 from megatron_llep.dispatcher import LLEPTokenDispatcher
 from megatron_llep.experts.grouped_mm import GroupedMM
 from megatron_llep.experts.kinds import make_lendable
+from megatron_llep.experts.unchanged import UnchangedExperts
 from megatron_llep.lending.loan import WeightLoan
 from megatron_llep.lending.nodes import hold_grads, lend, refetch, relay, settle
 from megatron_llep.lending.ranges import step
@@ -48,6 +49,7 @@ class LLEPMoELayer(MoELayer):
         check_config(config, llep)  # before Megatron builds a dispatcher that is refused
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        check_layer(self, llep)
         self._start_llep(llep, shared, pg_collection)
 
     @classmethod
@@ -61,35 +63,28 @@ class LLEPMoELayer(MoELayer):
     ) -> None:
         """Turn a built `MoELayer` into this class, in place: same parameters, same module.
 
-        Raises:
-            ValueError: if the layer is of a subclass, whose own behaviour would be lost.
+        The caller has checked it, and prepared its groups.
         """
-        if type(layer) is not MoELayer:
-            raise ValueError(
-                f"--moe-llep: cannot convert a {type(layer).__name__}; "
-                "only megatron.core's MoELayer itself is supported"
-            )
+        assert type(layer) is MoELayer, "the behaviour of a subclass would be lost"
         layer.__class__ = cls
         layer._start_llep(llep, shared, pg_collection)
 
     def _start_llep(
         self, llep: LLEPConfig, shared: SharedLending, pg_collection: ProcessGroupCollection
     ) -> None:
-        check_layer(self, llep)
+        groups = shared.groups_of(pg_collection)
         if llep.expert_gemm == "grouped_mm":
             GroupedMM.convert(self.experts)
         self.llep = llep
         self.lendable = make_lendable(self.experts)
+        self.unchanged_experts = UnchangedExperts(self.experts)
         self.shared_lending = shared
-        groups = pg_collection
-        if llep.replicas == "expert-dp":
-            groups = shared.join_replicas(pg_collection)
-        self.lending_group = shared.group_like(groups.ep)
+        self.lending_group = groups.lending
         self.token_dispatcher = LLEPTokenDispatcher(
             self.num_local_experts,
             self.local_expert_indices,
             self.config,
-            groups,
+            groups.tokens,
             llep=llep,
             progress=shared.progress,
         )
@@ -119,6 +114,7 @@ class LLEPMoELayer(MoELayer):
         Returns:
             Probabilities [T, E] and the routing map, bool [T, E].
         """
+        self.unchanged_experts.check(self.experts)
         # Its node is older than the router's, so gradients of the layer's input still add up in
         # Megatron's order, to the same bits.
         shared_input = hidden_states.view_as(hidden_states)

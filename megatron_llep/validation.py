@@ -11,7 +11,9 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig, flag_of
+from megatron_llep.experts.grouped_mm import check_convertible
 from megatron_llep.experts.kinds import make_lendable
+from megatron_llep.experts.unchanged import check_not_sharded
 from megatron_llep.planner.cost.presets import get_cost_model
 
 if TYPE_CHECKING:
@@ -199,6 +201,9 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
         ValueError: names what does not fit and the way out.
     """
     check_config(layer.config, llep)
+    check_not_sharded(layer.experts)
+    if llep.expert_gemm == "grouped_mm":
+        check_convertible(layer.experts)
     experts = make_lendable(layer.experts)
     if layer.config.fp8 and not experts.runs_in_fp8:
         raise ValueError(
@@ -242,6 +247,25 @@ def check_same_on_all_ranks(llep: LLEPConfig, group: dist.ProcessGroup | None = 
     }
     lines = "; ".join(f"{flag_of(name)}: {values}" for name, values in differing.items())
     raise ValueError(f"LLEP settings differ between ranks, give all the same: {lines}")
+
+
+def refuse_on_all_ranks(refusal: str | None) -> None:
+    """Raise on every rank if any rank refuses something; all of them must call it.
+
+    So none of them goes on to wait for one that has stopped.
+
+    Args:
+        refusal: what this rank refuses, where, and the way out; None if nothing.
+
+    Raises:
+        ValueError: the first rank's refusal, and which ranks refuse.
+    """
+    refusals: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, refusal)
+    ranks = [rank for rank, each in enumerate(refusals) if each is not None]
+    if ranks:
+        others = f"; so do ranks {ranks[1:]}" if ranks[1:] else ""
+        raise ValueError(f"{refusals[ranks[0]]}: rank {ranks[0]} refuses it{others}")
 
 
 def _describe(llep: LLEPConfig) -> dict[str, object]:

@@ -3,42 +3,60 @@
 Both ends in the same `LLEPMoELayer`. Specifications are what training scripts pass around; the
 model hook also reaches layers whose specification Megatron derives by itself, such as those of
 multi-token prediction.
+
+All ranks check before any of them changes anything, and they refuse together.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.integration.model_groups import find_groups
+from megatron_llep.integration.replace_layers import replace_moe_layers
 from megatron_llep.layer import LLEPMoELayer
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import install_tracker
+from megatron_llep.validation import check_layer, check_same_on_all_ranks, refuse_on_all_ranks
 
 
-def with_llep(spec: Any, config: LLEPConfig) -> Any:
-    """Copy a layer or block specification, with every `MoELayer` in it replaced.
+def with_llep(
+    spec: Any, config: LLEPConfig, pg_collection: ProcessGroupCollection | None = None
+) -> Any:
+    """Copy a specification, with every `MoELayer` in it replaced.
+
+    All ranks call it, for each model chunk, before they build it; also those whose chunk holds no
+    MoE layer, because all of them make the process groups in which experts are lent.
 
     Args:
-        spec: a transformer layer's `ModuleSpec`, or a block's `TransformerBlockSubmodules`.
+        spec: of a layer, a block of layers (`TransformerBlockSubmodules`) or a hybrid stack.
         config: LLEP's settings; `enabled=False` returns the specification as it is.
+        pg_collection: the groups that the model will be built with. Default: Megatron's global
+            ones.
+
+    Raises:
+        ValueError: on all ranks; names what some rank refuses, and the way out.
     """
-    if not config.enabled:
+    if not _all_agree(config, "with_llep"):
         return spec
-    install_tracker()
     shared = SharedLending()
-    if hasattr(spec, "layer_specs"):
-        spec = copy.copy(spec)
-        spec.layer_specs = [_replace_mlp(layer, config, shared) for layer in spec.layer_specs]
-        return spec
-    return _replace_mlp(spec, config, shared)
+    replaced, groups, refusal = spec, [], None
+    try:
+        replaced = replace_moe_layers(spec, {"llep": config, "shared": shared})
+        if replaced is not spec:
+            groups.append(find_groups(pg_collection))
+    except ValueError as error:
+        refusal = str(error)
+    refuse_on_all_ranks(refusal)
+    install_tracker()
+    shared.prepare_groups(groups, join_replicas=config.replicas == "expert-dp")
+    return replaced
 
 
 def convert_model(
@@ -47,27 +65,45 @@ def convert_model(
     pg_collection: ProcessGroupCollection | None = None,
     progress: Progress | None = None,
 ) -> list[torch.nn.Module]:
-    """Convert every MoE layer of a built model, before DDP wraps it; all ranks call it.
+    """Convert every MoE layer of a built model, before DDP wraps it.
+
+    All ranks call it, also those whose chunks hold no MoE layer.
 
     Args:
         model: the model chunks of this rank's pipeline stage.
         config: LLEP's settings; `enabled=False` changes nothing.
-        pg_collection: the model's process groups. Default: Megatron's global ones.
+        pg_collection: the model's process groups. Default: those that it was built with, else
+            Megatron's global ones.
         progress: told by the layers where this rank is; a caller adds it to errors of training.
 
     Returns:
         The same chunks.
+
+    Raises:
+        ValueError: on all ranks; names the layer that some rank refuses, and the way out. No layer
+            is converted then, on any rank.
     """
     chunks = list(model)
-    if not config.enabled:
+    if not _all_agree(config, "convert_model"):
         return chunks
+    found: list[tuple[MoELayer, ProcessGroupCollection]] = []
+    refusal = None
+    for number, chunk in enumerate(chunks):
+        for name, layer in chunk.named_modules():
+            if isinstance(layer, MoELayer) and not isinstance(layer, LLEPMoELayer):
+                try:
+                    _check_convertible(layer, config)
+                    found.append((layer, find_groups(pg_collection, chunk)))
+                except ValueError as error:
+                    refusal = refusal or f"{error} ({name or 'the layer'} of chunk {number})"
+    refuse_on_all_ranks(refusal)
     install_tracker()
     shared = SharedLending(progress)
-    pg_collection = pg_collection or get_default_pg_collection()
-    for chunk in chunks:
-        for layer in chunk.modules():
-            if isinstance(layer, MoELayer) and not isinstance(layer, LLEPMoELayer):
-                LLEPMoELayer.convert(layer, llep=config, shared=shared, pg_collection=pg_collection)
+    shared.prepare_groups(
+        [groups for _, groups in found], join_replicas=config.replicas == "expert-dp"
+    )
+    for layer, groups in found:
+        LLEPMoELayer.convert(layer, llep=config, shared=shared, pg_collection=groups)
     return chunks
 
 
@@ -76,17 +112,27 @@ def llep_hook(config: LLEPConfig) -> Callable[[list[torch.nn.Module]], list[torc
     return partial(convert_model, config=config)
 
 
-def _replace_mlp(layer: ModuleSpec, config: LLEPConfig, shared: SharedLending) -> ModuleSpec:
-    """Copy a transformer layer's specification with LLEPMoELayer in the place of MoELayer."""
-    mlp = layer.submodules.mlp
-    build = partial(LLEPMoELayer, llep=config, shared=shared)
-    if isinstance(mlp, partial) and mlp.func is MoELayer:
-        mlp = partial(build, *mlp.args, **mlp.keywords)
-    elif isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:  # Megatron before 0.18
-        mlp = partial(build, submodules=mlp.submodules, **mlp.params)
-    else:
-        return layer  # a dense layer
-    layer = copy.copy(layer)
-    layer.submodules = copy.copy(layer.submodules)
-    layer.submodules.mlp = mlp
-    return layer
+def _all_agree(config: LLEPConfig, name: str) -> bool:
+    """Whether LLEP is to be switched on; the settings are the same on all ranks, else they raise.
+
+    Also where it is off here: another rank may have it on.
+    """
+    if not dist.is_initialized():
+        if config.enabled:
+            raise ValueError(
+                f"--moe-llep: torch.distributed is not initialised; call {name} after "
+                "init_process_group and Megatron's initialize_model_parallel, where the model is "
+                "built"
+            )
+        return False
+    check_same_on_all_ranks(config)
+    return config.enabled
+
+
+def _check_convertible(layer: MoELayer, config: LLEPConfig) -> None:
+    if type(layer) is not MoELayer:
+        raise ValueError(
+            f"--moe-llep: cannot convert a {type(layer).__name__}; "
+            "only megatron.core's MoELayer itself is supported"
+        )
+    check_layer(layer, config)

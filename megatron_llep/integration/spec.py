@@ -1,9 +1,14 @@
-"""A layer specification for Megatron's `--spec`, for scripts that cannot be changed.
+"""A layer specification for `--spec`, for scripts that cannot be changed.
 
 torchrun pretrain_gpt.py ... --spec megatron_llep.integration.spec gpt_layers_with_llep
 """
 
+from argparse import Namespace
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -14,18 +19,46 @@ from megatron_llep.integration.local_spec import build_local_block_spec
 
 
 def gpt_layers_with_llep(
-    config: GPTModelConfig, vp_stage: int | None = None
+    config: GPTModelConfig | TransformerConfig | Namespace,
+    *more: Any,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Megatron's own layers for this model, with LLEP in their MoE layers.
 
     The settings come from the `--moe-llep-*` flags where the script knows them, else they are
     LLEPConfig's defaults. Layers that Megatron specifies by itself (multi-token prediction) stay
     plain: use `convert_model` for these.
+
+    Called as `(config, vp_stage=None)`, as Megatron does, or as `(args, config, vp_stage)`, as
+    slime does.
+
+    Args:
+        config: of the model; or the script's parsed arguments.
+        more: what follows by position: the stage; or the configuration and the stage.
+        vp_stage: the virtual pipeline stage, given by name.
+
+    Raises:
+        ValueError: as `with_llep`.
     """
-    args = get_args()
+    given = [config, *more]
+    args = given.pop(0) if isinstance(config, Namespace) else get_args()
+    model, vp_stage = given if len(given) > 1 else (given[0], vp_stage)
     llep = llep_config_from_args(args) if hasattr(args, "moe_llep") else LLEPConfig()
-    if config.transformer.transformer_impl == "local":
-        layers = build_local_block_spec(config.transformer, vp_stage)
-    else:
-        layers = default_layer_spec(config, vp_stage)
-    return with_llep(layers, llep)
+    return with_llep(_build_plain(model, vp_stage), llep)
+
+
+def _build_plain(
+    config: GPTModelConfig | TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    transformer = getattr(config, "transformer", config)
+    if transformer.transformer_impl == "local":
+        return build_local_block_spec(transformer, vp_stage)
+    if isinstance(config, GPTModelConfig):
+        return default_layer_spec(config, vp_stage)
+    return get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=True,
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )

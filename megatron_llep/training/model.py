@@ -3,7 +3,6 @@
 from argparse import Namespace
 from functools import partial
 
-import torch
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
@@ -12,7 +11,6 @@ from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.local_spec import build_local_block_spec
 from megatron_llep.lending.progress import Progress
-from megatron_llep.validation import check_same_on_all_ranks
 
 
 def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> GPTModelConfig:
@@ -23,7 +21,7 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
     config = gpt_config_from_args(args)
     if config.transformer_layer_spec is None and config.transformer.transformer_impl == "local":
         config.transformer_layer_spec = _local_layers
-    config.pre_wrap_hooks.append(partial(_start_llep, llep=llep, progress=progress))
+    config.pre_wrap_hooks.append(partial(convert_model, config=llep, progress=progress))
     return config
 
 
@@ -31,11 +29,3 @@ def _local_layers(
     config: GPTModelConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     return build_local_block_spec(config.transformer, vp_stage)
-
-
-def _start_llep(
-    model: list[torch.nn.Module], llep: LLEPConfig, progress: Progress
-) -> list[torch.nn.Module]:
-    # Also where LLEP is off here: another rank may have it on.
-    check_same_on_all_ranks(llep)
-    return convert_model(model, llep, progress=progress)

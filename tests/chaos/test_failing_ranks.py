@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.lending.groups import make_groups
 from megatron_llep.lending.progress import Progress
-from megatron_llep.lending.shared import SharedLending
 from support.chaos import end_ranks, watch_collectives
 from support.layout import Layout
 from support.llep import EAGER
@@ -29,13 +29,13 @@ LENDING = "LLEP_LENDING"
 
 # Where rank 1 fails: ahead of which call on which group, counted from 1, and what rank 0 must say.
 # A micro-batch makes one call for counts in each layer's forward, three for tokens in forward and
-# three in backward, and one to lend and one to return.
+# three in backward, and one to lend and one to return. Conversion makes one in the lending group.
 PLACES = {
     "count": (COUNTS, 6, "forward of layer 2, micro-batch 3 "),
-    "lend": (LENDING, 9, "forward of layer 1, micro-batch 3 "),
+    "lend": (LENDING, 1 + 9, "forward of layer 1, micro-batch 3 "),
     "dispatch": (TOKENS, 24 + 4, "forward of layer 2, micro-batch 3 "),
     "combine backward": (TOKENS, 24 + 7, "backward of layer 2, micro-batch 3 "),
-    "return": (LENDING, 8 + 4, "backward of layer 1, micro-batch 3 "),
+    "return": (LENDING, 1 + 8 + 4, "backward of layer 1, micro-batch 3 "),
 }
 
 
@@ -120,10 +120,15 @@ def test_a_rank_that_hangs_ends_the_other_within_the_time_out():
     assert survivor.seconds < hanging.seconds - 2
 
 
+def make_lending_group(beside):
+    key = (LENDING, (0, 1))
+    return make_groups({key: beside})[key]
+
+
 def test_the_lending_group_has_the_time_out_of_the_expert_group():
     def wait_for_nobody(rank):
         experts = dist.new_group([0, 1], timeout=timedelta(seconds=1))
-        group = SharedLending().group_like(experts)
+        group = make_lending_group(experts)
         if rank == 0:
             dist.all_to_all_single(torch.empty(2), torch.ones(2), group=group, async_op=True).wait()
         time.sleep(5)
@@ -136,7 +141,7 @@ def test_the_lending_group_has_the_time_out_of_the_expert_group():
 def test_a_changed_time_out_reaches_the_lending_group():
     def change(rank, size):
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-        group = SharedLending().group_like(parallel_state.get_expert_model_parallel_group())
+        group = make_lending_group(parallel_state.get_expert_model_parallel_group())
         parallel_state.update_pg_timeout(timedelta(seconds=77))
         return group._get_backend(torch.device("cpu")).options._timeout
 

@@ -11,7 +11,14 @@ from support.layout import Layout, use_layout
 from support.ranks import run_ranks
 from support.training import Run, build_model, make_config
 
+CALLS = {
+    "Megatron's": lambda build, args, config: build(SimpleNamespace(transformer=config)),
+    "with the stage": lambda build, args, config: build(config, vp_stage=None),
+    "slime's": lambda build, args, config: build(args, config, None),
+}
 
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -40,17 +47,19 @@ from support.training import Run, build_model, make_config
     ],
     ids=["a script without our flags", "a script with them"],
 )
-def test_layers_are_built_with_the_scripts_settings(flags, expected):
+def test_layers_are_built_with_the_scripts_settings(flags, expected, call):
     def work(rank, size):
         from megatron.training import global_vars
 
         from megatron_llep.integration.spec import gpt_layers_with_llep
 
-        global_vars.set_args(Namespace(**flags))
+        args = Namespace(**flags)
+        if call != "slime's":
+            global_vars.set_args(args)
         run = Run(layout=Layout(ep=2), config={"moe_layer_freq": [0, 1]})
         with use_layout(run.layout):
             config = make_config(run)
-            layers = gpt_layers_with_llep(SimpleNamespace(transformer=config))
+            layers = CALLS[call](gpt_layers_with_llep, args, config)
             (chunk,) = build_model(config, run, lambda spec: layers)
             dense, moe = (layer.mlp for layer in chunk.decoder.layers)
             assert not isinstance(dense, LLEPMoELayer)

@@ -17,7 +17,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.lending import shared
 from megatron_llep.placement.forward import Planned
 from support.host_reads import HostReads, run_backward
 from support.layout import Layout, use_layout
@@ -152,8 +151,6 @@ def be_one_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
     monkeypatch.setattr(dist, "all_to_all_single", exchange)
-    # The fake backend has no options to read it from.
-    monkeypatch.setattr(shared, "_get_timeout", lambda group: None)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         yield

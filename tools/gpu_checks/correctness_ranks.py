@@ -105,7 +105,7 @@ def compare_all(job: RankJob, device: torch.device) -> Iterator[Comparison]:
 
 
 def check_collectives(device: torch.device) -> None:
-    """Run every collective that the comparison needs, asynchronously, on tensors of the device.
+    """Run every collective that the comparison needs, on tensors of the device.
 
     Raises:
         RuntimeError: one of them gave wrong values; names it.
@@ -131,6 +131,11 @@ def check_collectives(device: torch.device) -> None:
 
         work = dist.broadcast(mine.fill_(rank + 5), src=0, async_op=True)
         _wait_and_check("broadcast", work, mine, [5])
+    # As the ranks do when LLEP is switched on; where the tensors are is torch's choice.
+    everyone: list = [None] * world
+    dist.all_gather_object(everyone, rank)
+    if everyone != list(range(world)):
+        raise RuntimeError(f"{dist.get_backend()}'s all_gather_object gave {everyone}")
 
 
 def _wait_and_check(
