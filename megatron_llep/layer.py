@@ -114,11 +114,11 @@ class LLEPMoELayer(MoELayer):
         Returns:
             Probabilities [T, E] and the routing map, bool [T, E].
         """
+        place = self._enter_forward()
         self.unchanged_experts.check(self.experts)
         # Its node is older than the router's, so gradients of the layer's input still add up in
         # Megatron's order, to the same bits.
         shared_input = hidden_states.view_as(hidden_states)
-        place = self._enter_forward()
         probs, routing_map = super().route(hidden_states, padding_mask)
         routed = replace(self._start_count(routing_map), place=place)
         shared_output = super().shared_experts_compute(shared_input)

@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from megatron_llep import convert_model
-from megatron_llep.dispatcher import Decision
 from megatron_llep.experts.unchanged import UnchangedExperts
+from megatron_llep.placement.forward import Planned
 from support.layout import Layout, use_layout
 from support.llep import EAGER, assert_same_run, note_decisions
 from support.ranks import run_ranks
@@ -124,7 +124,7 @@ def test_adapters_after_llep_are_refused_and_before_it_train_as_plain_megatron()
             train(RUN, transform_model=convert_too_early)
         assert "forward of layer 2" in "".join(error.value.__notes__)
 
-        decisions: list[Decision] = []
+        decisions: list[Planned] = []
 
         def convert_last(chunks: Chunks) -> None:
             adapt(chunks)
