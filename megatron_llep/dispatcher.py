@@ -38,12 +38,12 @@ from megatron_llep.placement import (
     sum_rows,
 )
 from megatron_llep.placement.counting import CountTable
+from megatron_llep.placement.exchange import TokenExchange
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, take
 from megatron_llep.planner import (
     Topology,
     load_per_rank,
     plan_over_replicas,
-    receives,
     sends,
     slot_of_expert,
 )
@@ -189,25 +189,21 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         placement = place_tokens(routing_map, chunks, planned.pairs)
         rows = gather_rows(hidden_states.view(-1, hidden_states.shape[-1]), placement)
         row_probs = probs.reshape(-1).index_select(0, placement.pair_index)
-        # While the GPU gathers. [R, M+S] -> [tp, P, M+S]
-        arriving = receives(
+        exchange = TokenExchange.of(  # while the GPU gathers
             planned.plan,
             planned.counts,
-            self.ep_rank,
-            self.llep.token_assignment,
-            self.topology,
+            to_ranks,
+            rank=self.ep_rank,
+            tp_rank=self.tp_rank,
+            order=self.llep.token_assignment,
+            topology=self.topology,
         )
-        arriving = arriving.reshape(self.ep_size, self.tp_size, num_slots).transpose(1, 0, 2)
-        per_rank = arriving.sum(axis=2)
         placed = Placed(
             **vars(planned),
             placement=placement,
             hidden_shape=hidden_states.shape,
             probs_dtype=probs.dtype,
-            sent=to_ranks.sum(axis=0).tolist(),
-            received=per_rank[self.tp_rank].tolist(),
-            gathered=per_rank.sum(axis=1).tolist(),
-            rows_per_slot=torch.from_numpy(arriving.reshape(-1, num_slots)),
+            exchange=exchange,
         )
         hand_on(placed, rows)
         return rows, row_probs
@@ -222,10 +218,10 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         placed = take(Placed, tokens)
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        tokens = self._exchange(tokens, placed.sent, placed.received)
+        tokens = self._exchange(tokens, placed.exchange, back=False)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(tokens)
-        probs = self._exchange(probs, placed.sent, placed.received)
+        probs = self._exchange(probs, placed.exchange, back=False)
         hand_on(placed, tokens)
         return tokens, probs
 
@@ -244,22 +240,24 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             gather = partial(
                 gather_from_sequence_parallel_region,
                 group=self.tp_group,
-                output_split_sizes=placed.gathered,
+                output_split_sizes=placed.exchange.gathered,
             )
             tokens, probs = gather(tokens), gather(probs)
-        of_parts = (split_by_slot(each, placed.rows_per_slot, parts) for each in (tokens, probs))
+        of_parts = (
+            split_by_slot(each, placed.exchange.rows_per_source, parts) for each in (tokens, probs)
+        )
         return list(zip(*of_parts, strict=True))
 
     def sort_by_source(
         self, placed: Placed, outputs: Sequence[torch.Tensor], parts: Sequence[int]
     ) -> torch.Tensor:
         """Put outputs [n, H] of the same parts back in the order of arrival: [N, H]."""
-        hidden = join_by_source(outputs, placed.rows_per_slot, parts)
+        hidden = join_by_source(outputs, placed.exchange.rows_per_source, parts)
         if self.tp_size > 1:
             hidden = reduce_scatter_to_sequence_parallel_region(
                 hidden.to(placed.probs_dtype),
                 group=self.tp_group,
-                input_split_sizes=placed.gathered,
+                input_split_sizes=placed.exchange.gathered,
             ).to(hidden.dtype)
         hand_on(placed, hidden)
         return hidden
@@ -276,7 +274,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             Tokens [N, H] by slot, int [M + S] tokens of each slot on the host, probabilities [N].
         """
         self._arrived = placed = take(Placed, tokens)
-        per_slot = placed.rows_per_slot.sum(dim=0)
+        per_slot = placed.exchange.rows_per_slot
         ((tokens, probs),) = self.sort_by_slot(placed, tokens, probs, (len(per_slot),))
         return tokens, per_slot, probs
 
@@ -284,14 +282,14 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Undo `dispatch_postprocess`: [N, H], by slot -> [N, H], as they arrived."""
         placed, self._arrived = self._arrived, None
         assert placed is not None, "tokens are combined once, after they were dispatched"
-        return self.sort_by_source(placed, [hidden_states], (placed.rows_per_slot.shape[1],))
+        return self.sort_by_source(placed, [hidden_states], (len(placed.exchange.rows_per_slot),))
 
     def token_combine(self, hidden_states: torch.Tensor, *args: bool) -> torch.Tensor:
         """Exchange rows [N, H] back; overlapping shared experts run their second linear."""
         placed = take(Placed, hidden_states)
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        rows = self._exchange(hidden_states, placed.received, placed.sent)
+        rows = self._exchange(hidden_states, placed.exchange, back=True)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(rows)
             self.shared_experts.post_forward_comm()
@@ -311,7 +309,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             output = output + self.shared_experts.get_output()
         return output
 
-    def _exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        """Exchange [n, ...] rows, so many to and from each of the P ranks."""
-        nccl = self.use_nccl_stream
-        return all_to_all(self.ep_group, rows, received, sent, use_nccl_stream=nccl)
+    def _exchange(self, rows: torch.Tensor, sizes: TokenExchange, *, back: bool) -> torch.Tensor:
+        """Exchange rows [n, ...] between the P ranks, there or back."""
+        into, out_of = (sizes.sent, sizes.received) if back else (sizes.received, sizes.sent)
+        return all_to_all(self.ep_group, rows, into, out_of, use_nccl_stream=self.use_nccl_stream)

@@ -172,7 +172,7 @@ class LLEPMoELayer(MoELayer):
             loan.continue_fetch()
             parts = self.lendable.parts(placed.plan.max_foreign)
         rows = dispatcher.sort_by_slot(placed, hidden_states, probs, parts)
-        per_slot = placed.rows_per_slot.sum(dim=0)
+        per_slot = placed.exchange.rows_per_slot
         with step("experts"):
             if loan is None:
                 ((hidden_states, probs),) = rows

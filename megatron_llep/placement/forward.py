@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from megatron_llep.placement.counting import CountTable
+from megatron_llep.placement.exchange import TokenExchange
 from megatron_llep.placement.pairs import Pairs, Placement
 from megatron_llep.planner import Plan
 
@@ -75,20 +76,13 @@ class Planned(Routed):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Placed(Planned):
-    """What the exchange of tokens needs, there and back. All sizes are on the host."""
+    """Where this rank's tokens go, and what comes back."""
 
     placement: Placement
     hidden_shape: torch.Size
     """[..., H] of the layer's input, or of its latent form."""
     probs_dtype: torch.dtype
-    sent: list[int]
-    """[P] rows to each rank."""
-    received: list[int]
-    """[P] rows from each rank."""
-    gathered: list[int]
-    """[tp] rows that each expert-tensor-parallel rank receives."""
-    rows_per_slot: torch.Tensor
-    """int64 [R, M + S] rows of each source for each slot; the sources are tp-major."""
+    exchange: TokenExchange
 
 
 _RIDER = "megatron_llep_forward"

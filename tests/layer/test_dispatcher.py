@@ -42,7 +42,7 @@ def test_tokens_come_back(layout, pattern, apart):
             natives, foreign = dispatcher.num_native, placed.plan.max_foreign
             parts = (natives, foreign) if apart else (natives + foreign,)
             rows = dispatcher.sort_by_slot(placed, tokens, probs, parts)
-            per_slot = placed.rows_per_slot.sum(dim=0)
+            per_slot = placed.exchange.rows_per_slot
             of_part = [int(each.sum()) for each in per_slot.split(parts)]
             assert [len(tokens) for tokens, _ in rows] == of_part
             assert [len(probs) for _, probs in rows] == of_part
