@@ -71,7 +71,8 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What one rank saw. Losses and norms are those of the whole world, one per step.
+    """What one rank saw. Losses and norms are those of the whole world, one per step; the norm of
+    a step that the optimizer skipped is -1.
 
     Gradients (after the data-parallel reduction, at the last step), final parameters and buffers
     are this rank's parts, by global name; ``shards`` says which parts of the parameters. The
@@ -127,7 +128,7 @@ def train(
                     if each.parameter.requires_grad
                 }
             _, norm, _ = optimizer.step()
-            norms.append(float(norm))
+            norms.append(-1.0 if norm is None else float(norm))
         if config.param_sync_func is not None:
             for chunk in wrapped:
                 chunk.start_param_sync(force_sync=True)
@@ -175,6 +176,7 @@ def make_config(run: Run) -> TransformerConfig:
         "deallocate_pipeline_outputs": True,
         "tensor_model_parallel_size": layout.tp,
         "sequence_parallel": layout.tp > 1,
+        "context_parallel_size": layout.cp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "expert_model_parallel_size": layout.ep,
@@ -223,9 +225,17 @@ def build_model(
 
 
 def _wrap(chunks: Chunks, config: TransformerConfig, run: Run) -> list[Any]:
-    ddp_config = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **run.ddp})
+    settings = {
+        "grad_reduce_in_fp32": True,
+        "num_distributed_optimizer_instances": run.layout.instances,
+    }
+    ddp_config = DistributedDataParallelConfig(**(settings | dict(run.ddp)))
+    # As Megatron's training does.
+    one_bucket = run.optimizer.get("overlap_param_gather_with_optimizer_step", False)
     wrapped = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        DistributedDataParallel(
+            config, ddp_config, chunk, disable_bucketing=index > 0 or one_bucket
+        )
         for index, chunk in enumerate(chunks)
     ]
 
@@ -280,7 +290,7 @@ def _forward_backward(wrapped: list[Any], run: Run, step: int) -> float:
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         total += sum(float(report["loss"]) for report in reports)
     dist.all_reduce(total)
-    return total.item() / run.micro_batches
+    return total.item() / (run.micro_batches * run.layout.cp)
 
 
 def _forward_step(iterator: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
