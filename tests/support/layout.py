@@ -28,6 +28,8 @@ class Layout:
     """Context parallelism."""
     instances: int = 1
     """Instances of the distributed optimizer, each with shards of everything."""
+    pp_before_dp: bool = False
+    """Ranks in the order of --use-tp-pp-dp-mapping."""
 
     @property
     def expert_tp(self) -> int:
@@ -71,6 +73,7 @@ def use_layout(layout: Layout) -> Iterator[None]:
         context_parallel_size=layout.cp,
         num_distributed_optimizer_instances=layout.instances,
         create_gloo_process_groups=False,
+        order="tp-cp-ep-pp-dp" if layout.pp_before_dp else "tp-cp-ep-dp-pp",
     )
     try:
         _seed()

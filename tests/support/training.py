@@ -57,6 +57,8 @@ class Run:
     """Fields of DistributedDataParallelConfig, such as overlap_grad_reduce."""
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     """Fields of OptimizerConfig; SGD by default, as Adam hides the gradient's scale."""
+    align_grad_reduce: bool = False
+    """Whether schedules start overlapped reductions, as in Megatron's training, and not hooks."""
     tied_embeddings: bool = False
     tokens: Callable[["Run", int, int], Any] = make_tokens
     """The micro-batch [b, s + 1] of a step, by its number in the whole world; or what else
@@ -230,14 +232,18 @@ def _wrap(chunks: Chunks, config: TransformerConfig, run: Run) -> list[Any]:
         "num_distributed_optimizer_instances": run.layout.instances,
     }
     ddp_config = DistributedDataParallelConfig(**(settings | dict(run.ddp)))
-    # As Megatron's training does.
-    one_bucket = run.optimizer.get("overlap_param_gather_with_optimizer_step", False)
-    wrapped = [
-        DistributedDataParallel(
-            config, ddp_config, chunk, disable_bucketing=index > 0 or one_bucket
+    wrapped: list[Any]
+    if run.optimizer.get("use_layer_wise_distributed_optimizer"):
+        from megatron.training.training import wrap_model_chunks_with_ddp
+
+        wrapped = wrap_model_chunks_with_ddp(
+            chunks, config, ddp_config, use_layer_wise_distributed_optimizer=True
         )
-        for index, chunk in enumerate(chunks)
-    ]
+    else:
+        wrapped = [
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
 
     def unlist(functions: list[Any]) -> Any:
         return functions[0] if len(functions) == 1 else functions
@@ -245,6 +251,8 @@ def _wrap(chunks: Chunks, config: TransformerConfig, run: Run) -> list[Any]:
     config.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
         config.no_sync_func = unlist([chunk.no_sync for chunk in wrapped])
+        if run.align_grad_reduce:
+            config.grad_sync_func = unlist([chunk.start_grad_sync for chunk in wrapped])
     if ddp_config.overlap_param_gather:
         config.param_sync_func = unlist([chunk.start_param_sync for chunk in wrapped])
     return wrapped
@@ -290,7 +298,7 @@ def _forward_backward(wrapped: list[Any], run: Run, step: int) -> float:
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         total += sum(float(report["loss"]) for report in reports)
     dist.all_reduce(total)
-    return total.item() / (run.micro_batches * run.layout.cp)
+    return total.item() / run.micro_batches
 
 
 def _forward_step(iterator: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
