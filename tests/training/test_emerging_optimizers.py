@@ -1,4 +1,4 @@
-"""Muon, whole and distributed by layers: the gradients it gets are those of plain Megatron.
+"""Muon, whole and distributed by layers, and Lion: they step as with plain Megatron's gradients.
 
 Runs where the package is installed: pip install emerging-optimizers==0.3.0
 """
@@ -45,12 +45,13 @@ def by_layer(layout: Layout, ddp: dict[str, Any]) -> Case:
 
 
 @pytest.mark.parametrize("layout", [Layout(ep=2), Layout(ep=2, dp=4)], ids=str)
-def test_muon(layout):
+def test_emerging_optimizers(layout):
     compare_all(
         {
-            "whole": Case(make_run(layout, optimizer=MUON, ddp=OVERLAP, steps=3)),
-            "by layer": by_layer(layout, {}),
-            "by layer, overlapped": by_layer(layout, OVERLAP | {"overlap_param_gather": True}),
+            "lion": Case(make_run(layout, optimizer={"optimizer": "lion", "lr": 0.02}, steps=3)),
+            "muon": Case(make_run(layout, optimizer=MUON, ddp=OVERLAP, steps=3)),
+            "muon by layer": by_layer(layout, {}),
+            "muon by layer, overlapped": by_layer(layout, OVERLAP | {"overlap_param_gather": True}),
         },
         timeout=120,
     )
