@@ -128,6 +128,23 @@ REFUSALS = (
         unless=("none", None),
     ),
     _field(
+        "transformer_impl",
+        "--transformer-impl",
+        "its layers have token dispatchers of their own: use --transformer-impl "
+        "transformer_engine or local",
+        unless=("transformer_engine", "local"),
+    ),
+    _field(
+        "moe_pad_experts_for_cuda_graph_inference",
+        "--moe-pad-experts-for-cuda-graph-inference",
+        "Megatron's inference then drops and pads tokens after the start: leave the flag out",
+    ),
+    _field(
+        "hybrid_context_parallel",
+        "--hybrid-context-parallel",
+        "ranks that share tokens would run unlike numbers of forwards: leave the flag out",
+    ),
+    _field(
         "moe_latent_size",
         "--moe-latent-size",
         "lending latent experts is untested: leave the flag out",

@@ -2,7 +2,8 @@
 
 Megatron-core asks torch for CUDA streams, devices, random state and tensors by name. With those
 answered by the CPU, and gloo for communication, it trains as it is. ``torch.cuda.is_available()``
-stays False. Not possible there: context parallelism, FP8, CUDA graphs, DeepEP.
+stays False. Not possible there: Megatron's attention under context parallelism, FP8, CUDA graphs,
+DeepEP.
 """
 
 import importlib

@@ -38,6 +38,7 @@ def _keep_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if _is_gpu(kwargs.get("device")):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # torch can pin no memory where no GPU reads it
         return function(*args, **kwargs)
 
     return call

@@ -15,6 +15,17 @@ _UNSUPPORTED_WITH_LLEP = {
     "Megatron's DDP with --use-distributed-optimizer",
     "use_torch_fsdp2": "--use-torch-fsdp2: it shards the expert weights that LLEP lends; use "
     "Megatron's DDP with --use-distributed-optimizer",
+    "overlap_param_gather_with_optimizer_step": "--overlap-param-gather-with-optimizer-step: "
+    "Megatron 0.19 gathers the experts of a stage's first chunk before their optimizer has "
+    "stepped, and their replicas drift apart; leave the flag out",
+    "save_activations_interval": "--save-activations-interval: what foreign experts compute would "
+    "be saved under native experts' names; leave the flag out",
+    "save_dgrads_interval": "--save-dgrads-interval: what foreign experts compute would be saved "
+    "under native experts' names; leave the flag out",
+    "save_tokens_per_expert_interval": "--save-tokens-per-expert-interval: it would save the "
+    "tokens of slots, and not of experts; use --moe-routing-trace-path",
+    "fake_process_group": "--fake-process-group: plans are made from counts that are exchanged; "
+    "leave the flag out",
 }
 
 _DATA_ARGUMENTS = (

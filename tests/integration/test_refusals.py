@@ -66,6 +66,12 @@ def test_the_supported_configuration_passes():
         ),
         ({"moe_expert_rank_capacity_factor": 1.5}, "--moe-expert-rank-capacity-factor 1.5"),
         ({"moe_paged_stash": True}, "--moe-paged-stash"),
+        ({"transformer_impl": "inference_optimized"}, "--transformer-impl inference_optimized"),
+        (
+            {"moe_pad_experts_for_cuda_graph_inference": True},
+            "--moe-pad-experts-for-cuda-graph-inference",
+        ),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
     ],
 )
 def test_unsupported_settings_name_flag_and_remedy(changes, flag):

@@ -106,6 +106,33 @@ BAD = {
         "leave the flag out",
     ),
     "fsdp": (["--use-torch-fsdp2"], "--use-torch-fsdp2", "--use-distributed-optimizer"),
+    "gather with step": (
+        ["--overlap-param-gather-with-optimizer-step"],
+        "--overlap-param-gather-with-optimizer-step",
+        "leave the flag out",
+    ),
+    "activations": (
+        ["--save-activations-interval", "2"],
+        "--save-activations-interval",
+        "leave the flag out",
+    ),
+    "dgrads": (["--save-dgrads-interval", "2"], "--save-dgrads-interval", "leave the flag out"),
+    "tokens per expert": (
+        ["--save-tokens-per-expert-interval", "2"],
+        "--save-tokens-per-expert-interval",
+        "use --moe-routing-trace-path",
+    ),
+    "fake": (["--fake-process-group"], "--fake-process-group", "leave the flag out"),
+    "hybrid": (
+        ["--hybrid-context-parallel"],
+        "--hybrid-context-parallel True",
+        "leave the flag out",
+    ),
+    "inference": (
+        ["--moe-pad-experts-for-cuda-graph-inference"],
+        "--moe-pad-experts-for-cuda-graph-inference True",
+        "leave the flag out",
+    ),
     "sft": (["--sft"], "--sft", "leave the flag out"),
 }
 

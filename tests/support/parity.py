@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from megatron_llep.config import LLEPConfig
+from support.layout import use_layout
 from support.llep import EAGER, Loans, assert_same_run, train_with_llep
 from support.ranks import run_ranks
 from support.training import Run, TrainResult, train
@@ -43,17 +45,21 @@ def compare_one(case: Case) -> tuple[TrainResult, Loans]:
 def compare_all(cases: Mapping[str, Case], *, timeout: float = 240) -> None:
     """Compare every case in one process group; all have the same world size.
 
+    Cases of one layout share its groups if they follow each other.
+
     Raises:
         AssertionError: the traceback of a rank, which ends with the name of the case.
     """
     (world_size,) = {case.run.layout.world_size for case in cases.values()}
 
     def work(rank: int, size: int) -> None:
-        for name, case in cases.items():
-            try:
-                compare_one(case)
-            except BaseException as error:
-                error.add_note(f"case: {name}")
-                raise
+        for layout, group in groupby(cases, key=lambda name: cases[name].run.layout):
+            with use_layout(layout):
+                for name in group:
+                    try:
+                        compare_one(cases[name])
+                    except BaseException as error:
+                        error.add_note(f"case: {name}")
+                        raise
 
     run_ranks(work, world_size, timeout=timeout)

@@ -57,6 +57,8 @@ class Run:
     """Fields of DistributedDataParallelConfig, such as overlap_grad_reduce."""
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     """Fields of OptimizerConfig; SGD by default, as Adam hides the gradient's scale."""
+    align_grad_reduce: bool = False
+    """Whether schedules start overlapped reductions, as in Megatron's training, and not hooks."""
     tied_embeddings: bool = False
     tokens: Callable[["Run", int, int], Any] = make_tokens
     """The micro-batch [b, s + 1] of a step, by its number in the whole world; or what else
@@ -71,7 +73,8 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What one rank saw. Losses and norms are those of the whole world, one per step.
+    """What one rank saw. Losses and norms are those of the whole world, one per step; the norm of
+    a step that the optimizer skipped is -1.
 
     Gradients (after the data-parallel reduction, at the last step), final parameters and buffers
     are this rank's parts, by global name; ``shards`` says which parts of the parameters. The
@@ -127,7 +130,7 @@ def train(
                     if each.parameter.requires_grad
                 }
             _, norm, _ = optimizer.step()
-            norms.append(float(norm))
+            norms.append(-1.0 if norm is None else float(norm))
         if config.param_sync_func is not None:
             for chunk in wrapped:
                 chunk.start_param_sync(force_sync=True)
@@ -175,6 +178,7 @@ def make_config(run: Run) -> TransformerConfig:
         "deallocate_pipeline_outputs": True,
         "tensor_model_parallel_size": layout.tp,
         "sequence_parallel": layout.tp > 1,
+        "context_parallel_size": layout.cp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "expert_model_parallel_size": layout.ep,
@@ -223,11 +227,23 @@ def build_model(
 
 
 def _wrap(chunks: Chunks, config: TransformerConfig, run: Run) -> list[Any]:
-    ddp_config = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **run.ddp})
-    wrapped = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+    settings = {
+        "grad_reduce_in_fp32": True,
+        "num_distributed_optimizer_instances": run.layout.instances,
+    }
+    ddp_config = DistributedDataParallelConfig(**(settings | dict(run.ddp)))
+    wrapped: list[Any]
+    if run.optimizer.get("use_layer_wise_distributed_optimizer"):
+        from megatron.training.training import wrap_model_chunks_with_ddp
+
+        wrapped = wrap_model_chunks_with_ddp(
+            chunks, config, ddp_config, use_layer_wise_distributed_optimizer=True
+        )
+    else:
+        wrapped = [
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
 
     def unlist(functions: list[Any]) -> Any:
         return functions[0] if len(functions) == 1 else functions
@@ -235,6 +251,8 @@ def _wrap(chunks: Chunks, config: TransformerConfig, run: Run) -> list[Any]:
     config.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
         config.no_sync_func = unlist([chunk.no_sync for chunk in wrapped])
+        if run.align_grad_reduce:
+            config.grad_sync_func = unlist([chunk.start_grad_sync for chunk in wrapped])
     if ddp_config.overlap_param_gather:
         config.param_sync_func = unlist([chunk.start_param_sync for chunk in wrapped])
     return wrapped

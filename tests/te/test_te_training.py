@@ -129,6 +129,7 @@ def recompute(*modules: str) -> dict:
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
+SHARED = {"moe_shared_expert_intermediate_size": 32}
 FULL = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -143,6 +144,12 @@ def test_recompute():
             "moe_act, fused": Case(te_run(config=FUSED | recompute("moe_act")), REFETCH),
             "moe": Case(te_run(config=FUSED | recompute("moe"))),
             "full": Case(te_run(config=FUSED | FULL)),
+            # Megatron's needs Transformer Engine, though the norm is torch's here.
+            "layernorm": Case(te_run(config=FUSED | recompute("layernorm")), REFETCH),
+            "layernorm, moe": Case(te_run(config=recompute("layernorm", "moe"))),
+            "layernorm, shared experts": Case(
+                te_run(config=SHARED | recompute("layernorm", "shared_experts", "moe_act"))
+            ),
         },
         timeout=120,
     )
@@ -191,6 +198,9 @@ def test_the_number_of_gemms(gemms):
     assert borrower == lender | {(layout, 1): each for layout in layouts}
 
 
+FIRST_LAYER_IN_BF16 = {"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 0}
+
+
 def test_fp8(monkeypatch):
     """With scales that do not depend on which tokens share a slot, as close as without FP8."""
     monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda config: make_fp8_recipe(64.0))
@@ -203,6 +213,7 @@ def test_fp8(monkeypatch):
             "kept": Case(te_run(config=FUSED | fp8), KEEP),
             "refetched": Case(te_run(config=FUSED | fp8 | recompute("moe_act")), REFETCH),
             "biases": Case(te_run(config=fp8 | {"add_bias_linear": True})),
+            "first layer in bf16": Case(te_run(config=FUSED | fp8 | FIRST_LAYER_IN_BF16)),
             # A step's first forward renews TE's cached weights: once with a loan, once without.
             "lends 0": Case(te_run(prepare=lend_only(0), **mixed)),
             "lends 1": Case(te_run(prepare=lend_only(1), **mixed)),
