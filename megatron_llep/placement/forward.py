@@ -1,8 +1,8 @@
 """What one forward of one layer knows: the record that its steps hand on.
 
 Letters: T tokens of this rank, E experts, D replicas of each (1, unless tokens are spread over
-replicas), P ranks that share the tokens, M native slots a rank, R sources (ranks that share tokens, and
-their expert-tensor-parallel ranks).
+replicas), P ranks that share the tokens, M native slots a rank, R sources (these ranks, and their
+expert-tensor-parallel ranks).
 
     route        Routed   the routing, counts on their way to the host
     preprocess   Planned  the plan, and the loan it asks for
