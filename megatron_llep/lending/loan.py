@@ -9,11 +9,11 @@ On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe
   stream starts to use it, and `SideStream.begin` lets the side stream wait for all that the main
   stream has by then. So whatever had the memory before is done with it, and weights that the last
   optimizer step or parameter gather wrote are in place when they are packed.
-- Every transfer is finished: `lend`, `Settle` and `Gate` make the main stream wait for it, before
-  they use what came, and before any buffer is let go of. So memory goes back to the main stream,
-  whose allocations follow the side stream by then: no `record_stream` is needed, which would hold
-  memory back until the device gets there. This is true of storages that are freed and allocated
-  again (`resize_`) as well: it is done on the main stream.
+- Every transfer is finished: `lend`, `settle` and `HoldGrads` make the main stream wait for it,
+  before they use what came, and before any buffer is let go of. So memory goes back to the main
+  stream, whose allocations follow the side stream by then: no `record_stream` is needed, which
+  would hold memory back until the device gets there. This is true of storages that are freed and
+  allocated again (`resize_`) as well: it is done on the main stream.
 - So the main stream is also behind the packing before anything can write the weights again: the
   next optimizer step comes after all of these.
 - NCCL runs on a stream of its own, which waits for the current one at the call, and for which the
