@@ -120,6 +120,8 @@ class LLEPMoELayer(MoELayer):
         # Megatron's order, to the same bits.
         shared_input = hidden_states.view_as(hidden_states)
         probs, routing_map = super().route(hidden_states, padding_mask)
+        if find(Routed, routing_map) is not None:  # the router gave this very tensor before
+            routing_map = routing_map.clone()
         routed = replace(self._start_count(routing_map), place=place)
         shared_output = super().shared_experts_compute(shared_input)
         hand_on(replace(routed, shared_output=shared_output), routing_map)

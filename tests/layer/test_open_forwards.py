@@ -126,3 +126,30 @@ def test_two_micro_batches_in_turn(cut, backwards, foreign_weights):
         return [each.plan.max_foreign for each in planned]
 
     assert all(all(slots) and len(slots) == 2 for slots in run_ranks(work, 2, timeout=60))
+
+
+def test_a_routing_map_may_be_given_again():
+    """Both forwards are routed by one tensor, before either goes on."""
+
+    def work(rank, size):
+        with use_layout(Layout(ep=2)):
+            plain, ours = (build_layer(Layout(ep=2), rank, 1.0, **SHARED) for _ in range(2))
+            ours.load_state_dict(plain.state_dict())
+            convert_model([ours], EAGER)
+            outputs = []
+            for layer in (plain, ours):
+                generator = torch.Generator().manual_seed(rank)
+                hidden = [
+                    torch.rand(32, 1, H, generator=generator, dtype=torch.float64) for _ in "ab"
+                ]
+                probs, routing_map = layer.router(hidden[0])
+                layer.router.forward = lambda *_, given=(probs, routing_map): given
+                forwards = [Forward(layer, each, cut=False) for each in hidden]
+                for name in ("route", "combine") if layer is ours else ("combine",):
+                    for forward in forwards:
+                        forward.run_to(name)
+                outputs.append([forward.output.detach() for forward in forwards])
+        for found, expected in zip(*outputs, strict=True):
+            assert get_relative_difference(found, expected) <= TOLERANCE
+
+    run_ranks(work, 2, timeout=60)
