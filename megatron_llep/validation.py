@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.enums import InferenceCudaGraphScope
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig, flag_of
 from megatron_llep.experts.grouped_mm import check_convertible
 from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.experts.unchanged import check_not_sharded
+from megatron_llep.integration.graphs import uncapturable
 from megatron_llep.planner.cost.presets import get_cost_model
 
 if TYPE_CHECKING:
@@ -124,8 +126,26 @@ REFUSALS = (
     _field(
         "cuda_graph_impl",
         "--cuda-graph-impl",
-        "plans are made on the host, outside any graph: use --cuda-graph-impl none",
-        unless=("none", None),
+        "plans are made on the host, within an iteration: use --cuda-graph-impl transformer_engine",
+        unless=("none", None, "local", "transformer_engine"),
+    ),
+    Refusal(
+        flag="--cuda-graph-modules",
+        is_set=lambda config: bool(uncapturable(config)),
+        value=uncapturable,
+        remedy="plans are made on the host, so graphs must not hold the experts: leave it out and "
+        "name others of attn, mlp, mamba and, with --cuda-graph-impl transformer_engine, "
+        "moe_router",
+    ),
+    Refusal(
+        flag="--inference-cuda-graph-scope",
+        is_set=lambda config: (
+            config.inference_cuda_graph_scope in (InferenceCudaGraphScope.block, "block")
+        ),
+        value=lambda config: getattr(
+            config.inference_cuda_graph_scope, "name", config.inference_cuda_graph_scope
+        ),
+        remedy="its graphs hold the experts: use --inference-cuda-graph-scope layer",
     ),
     _field(
         "transformer_impl",
@@ -157,12 +177,8 @@ REFUSALS = (
     _field(
         "cpu_offloading",
         "--cpu-offloading-num-layers",
-        "lent weights must stay where they are used: leave the flag out",
-    ),
-    _field(
-        "fine_grained_activation_offloading",
-        "--fine-grained-activation-offloading",
-        "what it does to lent weights is untested: leave the flag out",
+        "it moves whatever a layer saves, lent weights too: leave the flag out, or "
+        "use --fine-grained-activation-offloading",
     ),
     _field(
         "moe_expert_rank_capacity_factor",
