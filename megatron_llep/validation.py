@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_llep.config import LLEPConfig, flag_of
 from megatron_llep.experts.grouped_mm import check_convertible
 from megatron_llep.experts.kinds import make_lendable
+from megatron_llep.experts.quantised import check_restorable
 from megatron_llep.experts.unchanged import check_not_sharded
 from megatron_llep.integration.graphs import uncapturable
 from megatron_llep.planner.cost.presets import get_cost_model
@@ -79,10 +80,12 @@ REFUSALS = (
         remedy="it may keep a history of every slot, and experts change slots: use --fp8-recipe "
         "tensorwise, blockwise or mxfp8",
     ),
-    _field(
-        "fp8_param",
-        "--fp8-param-gather",
-        "experts are lent in the precision of their parameters: leave the flag out",
+    Refusal(
+        flag="--fp8-param-gather",
+        is_set=lambda config: bool(config.fp8_param) and config.fp8_recipe != "blockwise",
+        value=lambda config: f"with --fp8-recipe {config.fp8_recipe}",
+        remedy="a borrower could not restore what the parameters hold: use --fp8-recipe "
+        "blockwise, or leave the flag out",
     ),
     _field(
         "fp4", "--fp4-format", "lent experts are not quantised to it: use FP8, bf16, fp16, fp32"
@@ -244,6 +247,7 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
             f"{type(layer.experts).__name__}; use --moe-grouped-gemm with Transformer Engine, or "
             "train in bf16, fp16 or fp32"
         )
+    check_restorable(layer.experts)
     dtypes = {weight.dtype for weight in layer.experts.parameters()}
     if len(dtypes) > 1:
         raise ValueError(

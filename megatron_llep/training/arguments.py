@@ -94,6 +94,7 @@ def check_as_given(args: Namespace) -> LLEPConfig:
             "num_moe_experts": args.num_experts,
             "cpu_offloading": args.cpu_offloading_num_layers > 0,
             "cuda_graph_modules": args.cuda_graph_modules or args.cuda_graph_scope_deprecated,
+            "fp8_param": args.fp8_param_gather,
         }
         check_config(Namespace(**(vars(args) | renamed)), llep)
     return llep
