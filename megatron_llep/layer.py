@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import is_checkpointing
+from megatron.core.transformer.cuda_graphs import is_graph_capturing
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,6 +23,7 @@ from megatron_llep.dispatcher import LLEPTokenDispatcher
 from megatron_llep.experts.grouped_mm import GroupedMM
 from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.experts.unchanged import UnchangedExperts
+from megatron_llep.integration.graphs import keep_planning_out_of_graphs
 from megatron_llep.lending.loan import WeightLoan
 from megatron_llep.lending.nodes import hold_grads, lend, refetch, relay, settle
 from megatron_llep.lending.ranges import step
@@ -47,6 +49,7 @@ class LLEPMoELayer(MoELayer):
         shared: SharedLending,
     ):
         check_config(config, llep)  # before Megatron builds a dispatcher that is refused
+        keep_planning_out_of_graphs(config)
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         check_layer(self, llep)
@@ -66,6 +69,7 @@ class LLEPMoELayer(MoELayer):
         The caller has checked it, and prepared its groups.
         """
         assert type(layer) is MoELayer, "the behaviour of a subclass would be lost"
+        keep_planning_out_of_graphs(layer.config)
         layer.__class__ = cls
         layer._start_llep(llep, shared, pg_collection)
 
@@ -97,8 +101,9 @@ class LLEPMoELayer(MoELayer):
         with self.shared_lending.progress.told_in_errors():
             return super().forward(hidden_states, *args, **kwargs)
 
-    def shared_experts_compute(self, hidden_states: torch.Tensor) -> None:
-        """Put shared experts off until counts travel: see `route`."""
+    def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Put shared experts off until counts travel: see `route`; but a graph captures them."""
+        return super().shared_experts_compute(hidden_states) if is_graph_capturing() else None
 
     def route(
         self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -112,8 +117,16 @@ class LLEPMoELayer(MoELayer):
             padding_mask: as for `MoELayer.route`.
 
         Returns:
-            Probabilities [T, E] and the routing map, bool [T, E].
+            Probabilities [T, E] and the routing map, bool [T, E]. When a CUDA graph is replayed,
+            both are its outputs, and Megatron's router and shared experts only hand them out.
         """
+        if is_graph_capturing():
+            super().route(hidden_states, padding_mask)  # raises what ends the graph here
+            raise ValueError(
+                f"--cuda-graph-modules: a graph would hold the experts of layer "
+                f"{self.layer_number}, and plans are made on the host; use --cuda-graph-impl "
+                "transformer_engine, or none"
+            )
         place = self._enter_forward()
         self.unchanged_experts.check(self.experts)
         # Its node is older than the router's, so gradients of the layer's input still add up in

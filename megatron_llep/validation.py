@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.enums import InferenceCudaGraphScope
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig, flag_of
 from megatron_llep.experts.grouped_mm import check_convertible
 from megatron_llep.experts.kinds import make_lendable
+from megatron_llep.experts.quantised import check_restorable
 from megatron_llep.experts.unchanged import check_not_sharded
+from megatron_llep.integration.graphs import uncapturable
 from megatron_llep.planner.cost.presets import get_cost_model
 
 if TYPE_CHECKING:
@@ -77,10 +80,12 @@ REFUSALS = (
         remedy="it may keep a history of every slot, and experts change slots: use --fp8-recipe "
         "tensorwise, blockwise or mxfp8",
     ),
-    _field(
-        "fp8_param",
-        "--fp8-param-gather",
-        "experts are lent in the precision of their parameters: leave the flag out",
+    Refusal(
+        flag="--fp8-param-gather",
+        is_set=lambda config: bool(config.fp8_param) and config.fp8_recipe != "blockwise",
+        value=lambda config: f"with --fp8-recipe {config.fp8_recipe}",
+        remedy="a borrower could not restore what the parameters hold: use --fp8-recipe "
+        "blockwise, or leave the flag out",
     ),
     _field(
         "fp4", "--fp4-format", "lent experts are not quantised to it: use FP8, bf16, fp16, fp32"
@@ -124,8 +129,26 @@ REFUSALS = (
     _field(
         "cuda_graph_impl",
         "--cuda-graph-impl",
-        "plans are made on the host, outside any graph: use --cuda-graph-impl none",
-        unless=("none", None),
+        "plans are made on the host, within an iteration: use --cuda-graph-impl transformer_engine",
+        unless=("none", None, "local", "transformer_engine"),
+    ),
+    Refusal(
+        flag="--cuda-graph-modules",
+        is_set=lambda config: bool(uncapturable(config)),
+        value=uncapturable,
+        remedy="plans are made on the host, so graphs must not hold the experts: leave it out and "
+        "name others of attn, mlp, mamba and, with --cuda-graph-impl transformer_engine, "
+        "moe_router",
+    ),
+    Refusal(
+        flag="--inference-cuda-graph-scope",
+        is_set=lambda config: (
+            config.inference_cuda_graph_scope in (InferenceCudaGraphScope.block, "block")
+        ),
+        value=lambda config: getattr(
+            config.inference_cuda_graph_scope, "name", config.inference_cuda_graph_scope
+        ),
+        remedy="its graphs hold the experts: use --inference-cuda-graph-scope layer",
     ),
     _field(
         "transformer_impl",
@@ -157,12 +180,8 @@ REFUSALS = (
     _field(
         "cpu_offloading",
         "--cpu-offloading-num-layers",
-        "lent weights must stay where they are used: leave the flag out",
-    ),
-    _field(
-        "fine_grained_activation_offloading",
-        "--fine-grained-activation-offloading",
-        "what it does to lent weights is untested: leave the flag out",
+        "it moves whatever a layer saves, lent weights too: leave the flag out, or "
+        "use --fine-grained-activation-offloading",
     ),
     _field(
         "moe_expert_rank_capacity_factor",
@@ -228,6 +247,7 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
             f"{type(layer.experts).__name__}; use --moe-grouped-gemm with Transformer Engine, or "
             "train in bf16, fp16 or fp32"
         )
+    check_restorable(layer.experts)
     dtypes = {weight.dtype for weight in layer.experts.parameters()}
     if len(dtypes) > 1:
         raise ValueError(

@@ -17,6 +17,9 @@ need not wait for foreign weights then. Of what the two calls share:
 - The cache of quantised weights is the natives': `is_first_microbatch=None`, by which TE knows that
   it must neither read nor fill it, and must add to `main_grad`, not write over it.
 - Recomputed activations: what recomputes them hangs on the output of its own call.
+- Offloaded activations (`--offload-modules` expert_fc1, moe_act) are the natives' alone. Megatron
+  counts the offloads of a first micro-batch and expects as many ever after, and how many experts
+  are borrowed changes. What foreign experts save stays on the GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -83,6 +86,9 @@ class LendableTEGroupedMLP(LendableExperts):
         assert len(foreign) <= self.num_native, "more foreign experts than quantisers"
         tensors = zip(*foreign, strict=True)  # of all experts, in the order of `weights`
         with ExitStack() as stack:
+            stack.enter_context(
+                _attributes(self.module, offload_expert_fc1=False, offload_moe_act=False)
+            )
             for name in ("quantization_padding", "quantization_unpadding"):
                 if hasattr(self.module, name):
                     padding = getattr(self.module, name)

@@ -93,6 +93,7 @@ def convert_model(
             if isinstance(layer, MoELayer) and not isinstance(layer, LLEPMoELayer):
                 try:
                     _check_convertible(layer, config)
+                    _check_outside_graphs(chunk.get_submodule(name.rpartition(".")[0]))
                     found.append((layer, find_groups(pg_collection, chunk)))
                 except ValueError as error:
                     refusal = refusal or f"{error} ({name or 'the layer'} of chunk {number})"
@@ -136,3 +137,12 @@ def _check_convertible(layer: MoELayer, config: LLEPConfig) -> None:
             "only megatron.core's MoELayer itself is supported"
         )
     check_layer(layer, config)
+
+
+def _check_outside_graphs(owner: torch.nn.Module) -> None:
+    """Check the module that an MoE layer is part of: Megatron's own graphs may hold all of it."""
+    if hasattr(owner, "cudagraph_manager"):
+        raise ValueError(
+            f"--cuda-graph-impl local: its graph of a {type(owner).__name__} would hold the "
+            "experts, and plans are made on the host; use --cuda-graph-impl transformer_engine"
+        )

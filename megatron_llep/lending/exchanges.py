@@ -4,7 +4,7 @@ Letters: P ranks of the expert-parallel group, M native experts a rank, F foreig
 rank in one plan, W numbers in one expert's weights, L numbers of this rank's lent experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from megatron_llep.lending.packing import (
     find_parts,
     make_buffers,
     pack,
+    read_numbers,
     sum_shards,
     unpack,
 )
@@ -60,7 +61,8 @@ class LoanExchanges:
         first, *second = self._transfers.exchanges
         buffers = [make_buffers(first, slots, incoming=slots if self._arrives_whole() else None)]
         buffers += [make_buffers(exchange, slots) for exchange in second]
-        return self._start(self._fetch(natives, slots, buffers), buffers)
+        lent = {piece.expert: read_numbers(natives[piece.expert]) for piece in first.sends}
+        return self._start(self._fetch(lent, slots, buffers), [*buffers, *lent.values()])
 
     def start_return(
         self, grads: torch.Tensor, dtype: torch.dtype
@@ -91,13 +93,13 @@ class LoanExchanges:
         return PendingExchanges(steps, flat, stream=stream, progress=self._shared.progress)
 
     def _fetch(
-        self, natives: Sequence[Weights], slots: torch.Tensor, buffers: list[Buffers]
+        self, lent: Mapping[int, Weights], slots: torch.Tensor, buffers: list[Buffers]
     ) -> Iterator[dist.Work]:
-        """Pack native experts, exchange, put what came into the slots; then shards, if any."""
+        """Pack lent experts, exchange, put what came into the slots; then shards, if any."""
         first, *second = self._transfers.exchanges
         outgoing, incoming = buffers[0]
         parts = [
-            natives[piece.expert][i].detach().reshape(-1)[where]
+            lent[piece.expert][i][where]
             for piece in first.sends
             for i, where in find_parts(piece, self._shapes)
         ]

@@ -92,7 +92,10 @@ class WeightLoan:
         self._exchanges = LoanExchanges(
             self.transfers, self._shapes, group=group, shared=shared, note_bytes=note_bytes
         )
-        self._weights = natives[0][0].new_empty(self.transfers.num_foreign * width)
+        like = natives[0][0]  # whose own `new_empty` would be quantised where it is
+        self._weights = torch.empty(
+            self.transfers.num_foreign * width, dtype=like.dtype, device=like.device
+        )
         self._held = 0
         self._grads: ForeignGrads | None = None
         self._pending: PendingExchanges | None = None

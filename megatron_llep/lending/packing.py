@@ -9,10 +9,23 @@ another.
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
 from megatron_llep.lending.transfers import Exchange, Piece
 
 Weights = tuple[torch.Tensor, ...]
+
+
+@torch.no_grad()
+def read_numbers(weights: Weights) -> Weights:
+    """The numbers of one expert's weights, flat, in the dtype that the weights show.
+
+    Views, but for quantised parameters, whose numbers are computed.
+    """
+    return tuple(
+        (dequantize_fp8_tensor(weight) if is_float8tensor(weight) else weight.detach()).reshape(-1)
+        for weight in weights
+    )
 
 
 def count_numbers(pieces: Iterable[Piece]) -> int:

@@ -8,6 +8,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+from megatron_llep.integration.graphs import keep_planning_out_of_graphs
 from megatron_llep.validation import check_config
 
 _UNSUPPORTED_WITH_LLEP = {
@@ -66,6 +67,7 @@ def read_arguments(
     # ... and after it: it derives some settings and may take others from a checkpoint.
     if llep.enabled:
         check_config(core_transformer_config_from_args(args), llep)
+        keep_planning_out_of_graphs(args)
     return args, llep
 
 
@@ -91,6 +93,8 @@ def check_as_given(args: Namespace) -> LLEPConfig:
         renamed = {
             "num_moe_experts": args.num_experts,
             "cpu_offloading": args.cpu_offloading_num_layers > 0,
+            "cuda_graph_modules": args.cuda_graph_modules or args.cuda_graph_scope_deprecated,
+            "fp8_param": args.fp8_param_gather,
         }
         check_config(Namespace(**(vars(args) | renamed)), llep)
     return llep

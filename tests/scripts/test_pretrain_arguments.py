@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch.distributed as dist
+from megatron.training import global_vars
 from megatron.training.arguments import parse_args
 from script_runs import tiny_flags
 
@@ -181,3 +182,16 @@ def test_data_must_be_named(use_command_line):
 def test_every_way_to_name_data_passes(flags, use_command_line):
     use_command_line(tiny_flags(*flags))
     check_pretraining(parse_args(add_llep_arguments))
+
+
+def test_planning_is_taken_out_of_published_graphs(use_command_line):
+    modules = ["attn", "moe_router", "moe_preprocess"]
+    for flag in ("--cuda-graph-scope", "--cuda-graph-modules"):
+        graphs = ["--cuda-graph-impl", "transformer_engine", flag, *modules, "--no-rope-fusion"]
+        use_command_line(tiny_flags(*DATA, *graphs))
+        check_as_given(parse_args(add_llep_arguments))
+    try:
+        args, _ = read_arguments(lambda parser: parser, check_pretraining)
+    finally:
+        global_vars.unset_global_variables()
+    assert [module.name for module in args.cuda_graph_modules] == ["attn", "moe_router"]
