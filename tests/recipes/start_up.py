@@ -1,0 +1,87 @@
+"""Does a command line pass LLEP's start-up checks, and if not, what must change?"""
+
+import contextlib
+import io
+import re
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping
+from unittest import mock
+
+from megatron.training.arguments import parse_args
+
+from megatron_llep.integration.arguments import add_llep_arguments
+from megatron_llep.offline.launch.flags import Flags, format_flags
+from megatron_llep.training.arguments import check_as_given
+
+# What a refused flag becomes where leaving it out does not do: Megatron's default is refused too.
+REPLACED: Mapping[str, object] = {
+    "--moe-token-dispatcher-type": "alltoall",
+    "--fp8-recipe": "tensorwise",
+}
+# Old names that Megatron turns into the new ones only when it validates, which needs a GPU.
+RENAMED: Mapping[str, str] = {
+    "--moe-router-padding-for-fp8": "--moe-router-padding-for-quantization"
+}
+_FLAG = re.compile(r"--[a-z0-9-]+")
+
+
+def parse(flags: Flags) -> Namespace:
+    """Megatron's arguments as given, not validated, with LLEP's.
+
+    Raises:
+        ValueError: Megatron's parser does not know them.
+    """
+    said = io.StringIO()
+    argv = ["train", *format_flags(flags)]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stderr(said):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return parse_args(add_llep_arguments)
+        except SystemExit as error:
+            raise ValueError(said.getvalue()) from error
+
+
+def start_up_checks(flags: Flags) -> list[str]:
+    """What LLEP refuses of a training command to which `--moe-llep` alone is added.
+
+    Checks stop at the first refusal, so each refused flag is taken out and the rest checked again.
+
+    Returns:
+        The refusals, each beginning with the flag that it is about; empty if training starts.
+    """
+    refusals, _ = _find_refusals(flags)
+    return refusals
+
+
+def make_startable(flags: Flags) -> Flags:
+    """The flags without those that LLEP refuses, or with what they must become."""
+    _, accepted = _find_refusals(flags)
+    return accepted
+
+
+def name_flag(refusal: str) -> str:
+    """The flag that a refusal is about."""
+    found = _FLAG.match(refusal)
+    assert found, f"a refusal that does not begin with a flag: {refusal}"
+    return found[0]
+
+
+def _find_refusals(flags: Flags) -> tuple[list[str], Flags]:
+    refusals: dict[str, str] = {}  # by flag
+    left = {RENAMED.get(flag, flag): value for flag, value in flags.items()}
+    while True:
+        try:
+            check_as_given(parse(left | {"--moe-llep": True}))
+            break
+        except ValueError as error:
+            flag = name_flag(str(error))
+            if flag in refusals:
+                break  # leaving it out is no way out: one expert-parallel rank, say
+            refusals[flag] = str(error)
+            left.pop(flag, None)
+            if flag in REPLACED:
+                left[flag] = REPLACED[flag]
+    return list(refusals.values()), left
