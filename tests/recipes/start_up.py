@@ -1,6 +1,7 @@
 """Does a command line pass LLEP's start-up checks, and if not, what must change?"""
 
 import contextlib
+import functools
 import io
 import re
 import sys
@@ -33,15 +34,7 @@ def parse(flags: Flags) -> Namespace:
     Raises:
         ValueError: Megatron's parser does not know them.
     """
-    said = io.StringIO()
-    argv = ["train", *format_flags(flags)]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stderr(said):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return parse_args(add_llep_arguments)
-        except SystemExit as error:
-            raise ValueError(said.getvalue()) from error
+    return _parse(tuple(format_flags(flags)))
 
 
 def start_up_checks(flags: Flags) -> list[str]:
@@ -62,6 +55,11 @@ def make_startable(flags: Flags) -> Flags:
     return accepted
 
 
+def list_refused_flags(flags: Flags) -> list[str]:
+    """The flags that `start_up_checks` refuses."""
+    return [name_flag(refusal) for refusal in start_up_checks(flags)]
+
+
 def name_flag(refusal: str) -> str:
     """The flag that a refusal is about."""
     found = _FLAG.match(refusal)
@@ -72,16 +70,35 @@ def name_flag(refusal: str) -> str:
 def _find_refusals(flags: Flags) -> tuple[list[str], Flags]:
     refusals: dict[str, str] = {}  # by flag
     left = {RENAMED.get(flag, flag): value for flag, value in flags.items()}
-    while True:
-        try:
-            check_as_given(parse(left | {"--moe-llep": True}))
-            break
-        except ValueError as error:
-            flag = name_flag(str(error))
-            if flag in refusals:
-                break  # leaving it out is no way out: one expert-parallel rank, say
-            refusals[flag] = str(error)
-            left.pop(flag, None)
-            if flag in REPLACED:
-                left[flag] = REPLACED[flag]
+    while refusal := _check(tuple(format_flags(left))):
+        flag = name_flag(refusal)
+        if flag in refusals:
+            break  # leaving it out is no way out: one expert-parallel rank, say
+        refusals[flag] = refusal
+        left.pop(flag, None)
+        if flag in REPLACED:
+            left[flag] = REPLACED[flag]
     return list(refusals.values()), left
+
+
+@functools.cache  # Megatron takes long to parse, and tests ask for the same recipes
+def _check(tokens: tuple[str, ...]) -> str | None:
+    """The first refusal of a command line."""
+    args = _parse((*tokens, "--moe-llep"))
+    try:
+        check_as_given(args)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _parse(tokens: tuple[str, ...]) -> Namespace:
+    said = io.StringIO()
+    argv = ["train", *tokens]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stderr(said):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return parse_args(add_llep_arguments)
+        except SystemExit as error:
+            raise ValueError(said.getvalue()) from error
