@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import sys
 import warnings
 from functools import partial
 from typing import Any
@@ -11,12 +12,12 @@ from unittest import mock
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
-from megatron.training.arguments import validate_args
+from megatron.training.arguments import parse_args, validate_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
-
-from megatron_llep.offline.launch.flags import Flags
 from shrink import read_layout
-from start_up import parse
+
+from megatron_llep.integration.arguments import add_llep_arguments
+from megatron_llep.offline.launch.flags import Flags, format_flags
 from support.context import forward_part, with_gathering_attention
 from support.training import VOCABULARY, Run
 
@@ -25,8 +26,7 @@ def make_run(flags: Flags) -> Run:
     """What these flags train, but for data and learning-rate schedule."""
     layout = read_layout(flags)
     args = _validate(flags, layout.world_size)
-    with mock.patch.dict(os.environ, WORLD_SIZE=str(layout.world_size)):
-        model = gpt_config_from_args(args)
+    model = gpt_config_from_args(args)
     optimizer, _ = get_megatron_optimizer_config(args)
     context: dict[str, Any] = {}
     if layout.cp > 1:
@@ -57,15 +57,16 @@ def build_config(args: Any) -> TransformerConfig:
 
 
 def _validate(flags: Flags, world_size: int) -> Any:
+    """Megatron's arguments, as training scripts have them."""
     assert flags["--vocab-size"] == VOCABULARY - 1
-    said = io.StringIO()
     with (
+        mock.patch.object(sys, "argv", ["train", *format_flags(flags)]),
         mock.patch.dict(os.environ, WORLD_SIZE=str(world_size), RANK="0"),
-        contextlib.redirect_stdout(said),
+        contextlib.redirect_stdout(io.StringIO()),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        args = parse(flags)
+        args = parse_args(add_llep_arguments)
         validate_args(args)
     return args
 

@@ -24,7 +24,10 @@ def build_table(refused: Mapping[str, list[str]]) -> str:
     lines: list[str] = []
     for family, group in groupby(load_recipes().values(), key=lambda recipe: recipe.family):
         lines += ["", f"## {family}", ""]
-        lines += [_row("recipe", "source", "starts", "trained here", "given up"), _row(*["---"] * 5)]
+        lines += [
+            _row("recipe", "source", "starts", "trained here", "given up"),
+            _row(*["---"] * 5),
+        ]
         for recipe in group:
             flags = refused[recipe.name]
             starts = "yes" if not flags else "no: " + " ".join(f"`{flag}`" for flag in flags)

@@ -36,7 +36,12 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "--use-fused-weighted-squared-relu",
         "--use-transformer-engine-op-fuser",
     ),
-    "DeepEP or HybridEP": ("--moe-enable-deepep", "--moe-flex-", "--moe-hybridep-", "--moe-deepep-"),
+    "DeepEP or HybridEP": (
+        "--moe-enable-deepep",
+        "--moe-flex-",
+        "--moe-hybridep-",
+        "--moe-deepep-",
+    ),
     "expert-parallel overlap": ("--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"),
     "tensor-parallel overlap": ("--tp-comm-overlap",),
     "CUDA graphs": ("--cuda-graph-", "--te-rng-tracker"),

@@ -4,13 +4,10 @@ import contextlib
 import functools
 import io
 import re
-import sys
-import warnings
-from argparse import Namespace
+from argparse import ArgumentParser
 from collections.abc import Mapping
-from unittest import mock
 
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import add_megatron_arguments
 
 from megatron_llep.integration.arguments import add_llep_arguments
 from megatron_llep.offline.launch.flags import Flags, format_flags
@@ -26,15 +23,6 @@ RENAMED: Mapping[str, str] = {
     "--moe-router-padding-for-fp8": "--moe-router-padding-for-quantization"
 }
 _FLAG = re.compile(r"--[a-z0-9-]+")
-
-
-def parse(flags: Flags) -> Namespace:
-    """Megatron's arguments as given, not validated, with LLEP's.
-
-    Raises:
-        ValueError: Megatron's parser does not know them.
-    """
-    return _parse(tuple(format_flags(flags)))
 
 
 def start_up_checks(flags: Flags) -> list[str]:
@@ -70,7 +58,7 @@ def name_flag(refusal: str) -> str:
 def _find_refusals(flags: Flags) -> tuple[list[str], Flags]:
     refusals: dict[str, str] = {}  # by flag
     left = {RENAMED.get(flag, flag): value for flag, value in flags.items()}
-    while refusal := _check(tuple(format_flags(left))):
+    while refusal := _check(format_flags(left)):
         flag = name_flag(refusal)
         if flag in refusals:
             break  # leaving it out is no way out: one expert-parallel rank, say
@@ -81,10 +69,15 @@ def _find_refusals(flags: Flags) -> tuple[list[str], Flags]:
     return list(refusals.values()), left
 
 
-@functools.cache  # Megatron takes long to parse, and tests ask for the same recipes
-def _check(tokens: tuple[str, ...]) -> str | None:
+def _check(tokens: list[str]) -> str | None:
     """The first refusal of a command line."""
-    args = _parse((*tokens, "--moe-llep"))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = _make_parser().parse_args([*tokens, "--moe-llep"])
+    except SystemExit as error:
+        raise AssertionError(f"Megatron's parser refuses it: {said.getvalue()}") from error
+    args.rank, args.world_size = 0, 1
     try:
         check_as_given(args)
     except ValueError as error:
@@ -92,13 +85,7 @@ def _check(tokens: tuple[str, ...]) -> str | None:
     return None
 
 
-def _parse(tokens: tuple[str, ...]) -> Namespace:
-    said = io.StringIO()
-    argv = ["train", *tokens]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stderr(said):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return parse_args(add_llep_arguments)
-        except SystemExit as error:
-            raise ValueError(said.getvalue()) from error
+@functools.cache  # takes Megatron a hundred times as long as to parse with it
+def _make_parser() -> ArgumentParser:
+    parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+    return add_llep_arguments(parser)

@@ -1,7 +1,6 @@
 """Published MoE recipes, and which of their flags LLEP refuses when `--moe-llep` alone is added."""
 
 import pytest
-
 from recipe_data import load_recipes
 from recipe_table import build_table, read_doc
 from start_up import list_refused_flags, make_startable, start_up_checks

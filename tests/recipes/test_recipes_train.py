@@ -1,13 +1,13 @@
 """Shrunk recipes train to the same losses with LLEP as without it."""
 
 import pytest
-
-from megatron_llep.offline.launch.flags import Flags
 from recipe_data import load_recipes
 from recipe_runs import make_run
 from recipe_table import is_trained
 from shrink import read_layout, shrink
 from start_up import list_refused_flags, make_startable
+
+from megatron_llep.offline.launch.flags import Flags
 from support.layout import Layout
 from support.parity import Case, compare_all
 
@@ -22,7 +22,7 @@ HANDFUL = [
     "qwen3_30b_a3b_h100_full_recompute",
 ]
 # Adam divides by what it has seen of a gradient, and so magnifies rounding where that is little.
-GRADIENT_TOLERANCE = 1e-2
+GRADIENT_TOLERANCE = 1e-3
 
 
 @pytest.mark.parametrize("name", HANDFUL)

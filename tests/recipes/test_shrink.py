@@ -1,9 +1,9 @@
 """What a recipe keeps when it is made small, and what it loses."""
 
 import pytest
-
 from recipe_data import load_recipes
 from shrink import name_given_up, read_layout, shrink
+
 from support.layout import Layout
 
 RECIPES = load_recipes()
