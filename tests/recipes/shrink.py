@@ -137,6 +137,8 @@ def shrink(flags: Flags) -> Flags:
         "--mock-data": True,
         "--lr": 1e-3,
         "--train-iters": 3,
+        "--eval-interval": 1000,
+        "--eval-iters": 0,
     }
 
 
