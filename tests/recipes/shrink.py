@@ -115,7 +115,8 @@ def shrink(flags: Flags) -> Flags:
 
     Changed: widths to `_WIDTHS`, if the recipe gives them; one layer to a model chunk, at most two
     chunks to a pipeline stage; the largest parallel size halved until 8 ranks do; experts to the
-    least number that keeps top-k a choice. What `LEFT_OUT` lists goes, 16-bit numbers among it.
+    least number that keeps top-k a choice; the dispatcher to the all-to-all one. What
+    `LEFT_OUT` lists goes, 16-bit numbers among it.
     """
     left_out = tuple(start for starts in LEFT_OUT.values() for start in starts)
     small = {flag: value for flag, value in flags.items() if not flag.startswith(left_out)}
@@ -129,6 +130,7 @@ def shrink(flags: Flags) -> Flags:
     small |= _keep_recompute(flags)
     small |= {each.flag: each.value or True for each in CPU_FLAGS}
     return small | {
+        "--moe-token-dispatcher-type": "alltoall",
         "--optimizer": "sgd" if flags.get("--optimizer") == "sgd" else "adam",
         "--global-batch-size": 2 * layout.data_parallel * max(2, layout.pp),
         "--tokenizer-type": "NullTokenizer",

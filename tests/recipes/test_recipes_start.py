@@ -38,5 +38,4 @@ def test_a_refusal_names_a_flag_of_the_recipe_and_what_to_do():
 def test_what_is_left_of_a_recipe_starts():
     left = make_startable(RECIPES["deepseek_v3_gb200_mxfp8"].flags)
     assert start_up_checks(left) == []
-    assert left["--moe-token-dispatcher-type"] == "alltoall"
     assert left["--num-experts"] == 256
