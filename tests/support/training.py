@@ -53,6 +53,10 @@ class Run:
     sequence_length: int = 16
     config: Mapping[str, Any] = field(default_factory=dict)
     """Fields of TransformerConfig that differ from this module's."""
+    build_config: Callable[[], TransformerConfig] | None = None
+    """In place of this module's configuration, and of `config`; of the same layout."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of GPTModel that differ from this module's."""
     ddp: Mapping[str, Any] = field(default_factory=dict)
     """Fields of DistributedDataParallelConfig, such as overlap_grad_reduce."""
     optimizer: Mapping[str, Any] = field(default_factory=dict)
@@ -153,6 +157,8 @@ def train(
 
 def make_config(run: Run) -> TransformerConfig:
     """Configuration of the tiny model: fp32, no dropout, no auxiliary loss, SwiGLU, RMSNorm."""
+    if run.build_config is not None:
+        return run.build_config()
     layout = run.layout
     settings: dict[str, Any] = {
         "num_layers": 2,
@@ -207,6 +213,10 @@ def build_model(
         mtp = build_local_mtp_spec(config, block, vp_stage=vp_stage)
         if transform_spec is not None:
             block = transform_spec(block)
+        settings: dict[str, Any] = {
+            "share_embeddings_and_output_weights": run.tied_embeddings,
+            "position_embedding_type": "rope",
+        }
         where = {"ignore_virtual": layout.vpp is None, "vp_stage": vp_stage}
         chunk = GPTModel(
             config,
@@ -215,10 +225,9 @@ def build_model(
             max_sequence_length=run.sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(**where),
             post_process=parallel_state.is_pipeline_last_stage(**where),
-            share_embeddings_and_output_weights=run.tied_embeddings,
-            position_embedding_type="rope",
             mtp_block_spec=mtp,
             vp_stage=vp_stage,
+            **(settings | dict(run.model)),
         )
         chunk.model_type = ModelType.encoder_or_decoder
         chunks.append(chunk)

@@ -1,0 +1,41 @@
+"""Published MoE recipes, and which of their flags LLEP refuses when `--moe-llep` alone is added."""
+
+import pytest
+from recipe_data import load_recipes
+from recipe_table import build_table, read_doc
+from start_up import list_refused_flags, make_startable, start_up_checks
+
+RECIPES = load_recipes()
+ONE_EXPERT_RANK = {
+    "gpt3_mcore_te_tp1_pp1_te_4experts_groupedGEMM_op_fuser",
+    "gpt3_mcore_tp2_pp2_resume_torch_dist_te_2experts",
+}
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, list[str]]:
+    return {name: list_refused_flags(recipe.flags) for name, recipe in RECIPES.items()}
+
+
+def test_the_table_says_what_starts(refused):
+    _, table = read_doc()
+    assert table == build_table(refused), "run tests/recipes/recipe_table.py"
+
+
+def test_only_recipes_without_expert_parallelism_are_beyond_llep(refused):
+    hopeless = {name for name, flags in refused.items() if "--expert-model-parallel-size" in flags}
+    assert hopeless == ONE_EXPERT_RANK
+
+
+def test_a_refusal_names_a_flag_of_the_recipe_and_what_to_do():
+    recipe = RECIPES["deepseek_v3_gb200_mxfp8"]
+    for refusal in start_up_checks(recipe.flags):
+        flag, _, remedy = refusal.partition(":")
+        assert flag.split()[0] in recipe.flags
+        assert "use --" in remedy or "leave the flag out" in remedy
+
+
+def test_what_is_left_of_a_recipe_starts():
+    left = make_startable(RECIPES["deepseek_v3_gb200_mxfp8"].flags)
+    assert start_up_checks(left) == []
+    assert left["--num-experts"] == 256
