@@ -82,6 +82,7 @@ def put_off(loan: WeightLoan, hidden: torch.Tensor, later: deque[WeightLoan]) ->
     return _PutOff.apply(loan, later, hidden, anchor)
 
 
+@torch.no_grad()
 def add_returned(loan: WeightLoan) -> None:
     """Wait for the returned gradients and add them to `main_grad`, or `grad` where there is none."""
 
