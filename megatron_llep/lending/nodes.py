@@ -84,7 +84,7 @@ def put_off(loan: WeightLoan, hidden: torch.Tensor, later: deque[WeightLoan]) ->
 
 @torch.no_grad()
 def add_returned(loan: WeightLoan) -> None:
-    """Wait for the returned gradients and add them to `main_grad`, or `grad` where there is none."""
+    """Wait for the returned gradients; add them to `main_grad`, or `grad` where there is none."""
 
     def find_grad(native: int, i: int, _: torch.Tensor) -> torch.Tensor:
         weight = loan.natives[native][i]
