@@ -299,6 +299,8 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_postprocess(self, rows: torch.Tensor) -> torch.Tensor:
         """Add each token's rows, and overlapping shared experts' output: [N, H] -> [..., H]."""
         placed = take(Placed, rows)
+        if self.config.overlap_moe_expert_parallel_comm:
+            placed.placement.keep_for_current_stream()
         if placed.placement.rows_by_token is None:  # on a CPU
             tokens_shape = (placed.hidden_shape[:-1].numel(), placed.hidden_shape[-1])
             output = unpermute(rows, placed.placement.token_index, torch.Size(tokens_shape))

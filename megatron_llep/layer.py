@@ -6,6 +6,7 @@ Megatron calls the steps in the order in which they stand here. Each hands the r
 on to the next (`placement.forward`); the layer itself keeps settings only.
 """
 
+from collections import deque
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,15 @@ from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.experts.unchanged import UnchangedExperts
 from megatron_llep.integration.graphs import keep_planning_out_of_graphs
 from megatron_llep.lending.loan import WeightLoan
-from megatron_llep.lending.nodes import hold_grads, lend, refetch, relay, settle
+from megatron_llep.lending.nodes import (
+    add_returned,
+    hold_grads,
+    lend,
+    put_off,
+    refetch,
+    relay,
+    settle,
+)
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import record_exchange, record_plan
@@ -95,6 +104,10 @@ class LLEPMoELayer(MoELayer):
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._experts_are_reduced = pg_collection.expt_dp.size() > 1
+        # Whether a schedule may run the steps' backward one by one: see `lending.nodes`.
+        self._is_cut = self.config.overlap_moe_expert_parallel_comm
+        # Between a backward and its `backward_dw`, which follows before the layer's next backward.
+        self._put_off: deque[WeightLoan] = deque()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `MoELayer.forward`; an error from within says which layer and micro-batch it was."""
@@ -102,8 +115,12 @@ class LLEPMoELayer(MoELayer):
             return super().forward(hidden_states, *args, **kwargs)
 
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Put shared experts off until counts travel: see `route`; but a graph captures them."""
-        return super().shared_experts_compute(hidden_states) if is_graph_capturing() else None
+        """Put shared experts off until counts travel: see `route`.
+
+        Not where a graph captures them, or a schedule asks for their output.
+        """
+        at_once = self._is_cut or is_graph_capturing()
+        return super().shared_experts_compute(hidden_states) if at_once else None
 
     def route(
         self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -136,7 +153,7 @@ class LLEPMoELayer(MoELayer):
         if find(Routed, routing_map) is not None:  # the router gave this very tensor before
             routing_map = routing_map.clone()
         routed = replace(self._start_count(routing_map), place=place)
-        shared_output = super().shared_experts_compute(shared_input)
+        shared_output = None if self._is_cut else super().shared_experts_compute(shared_input)
         hand_on(replace(routed, shared_output=shared_output), routing_map)
         return probs, routing_map
 
@@ -157,13 +174,12 @@ class LLEPMoELayer(MoELayer):
             hand_on(self._start_count(routing_map), routing_map)
         planned = self.token_dispatcher.plan(take(Routed, routing_map))
         loan = None if planned.plan.is_fallback else self._open_loan(planned)
-        if loan is not None or (self._experts_are_reduced and planned.trains):
-            hidden_states = hold_grads(
-                loan, planned.natives, hidden_states, hold_all=self._experts_are_reduced
-            )
-        hand_on(replace(planned, loan=loan), routing_map)
+        planned = replace(planned, loan=loan)
+        if not self._is_cut:
+            hidden_states = self._hold_grads(planned, hidden_states)
+        hand_on(planned, routing_map)
         rows, probs = super().preprocess(hidden_states, probs, routing_map)
-        if loan is not None:
+        if loan is not None and not self._is_cut:
             relay(loan, rows)
         return rows, probs
 
@@ -182,6 +198,8 @@ class LLEPMoELayer(MoELayer):
         """Run native and foreign experts on the tokens that arrived: [N, H] -> [N, H]."""
         placed = take(Placed, hidden_states)
         loan, dispatcher = placed.loan, self.token_dispatcher
+        if self._is_cut:
+            hidden_states = self._hold_grads(placed, hidden_states)
         parts: tuple[int, ...] = (dispatcher.num_native,)
         if loan is not None:
             loan.continue_fetch()
@@ -209,14 +227,35 @@ class LLEPMoELayer(MoELayer):
     def postprocess(
         self, output: torch.Tensor, shared_expert_output: torch.Tensor | None
     ) -> torch.Tensor:
-        """As `MoELayer.postprocess`, with the shared experts' output of `route`."""
-        assert shared_expert_output is None, "shared experts are computed in route"
+        """As `MoELayer.postprocess`, with the shared experts' output of `route` if it has one."""
         placed = read(Placed, output)
-        output = super().postprocess(output, placed.shared_output)
+        if not self._is_cut:
+            assert shared_expert_output is None, "shared experts are computed in route"
+            shared_expert_output = placed.shared_output
+        output = super().postprocess(output, shared_expert_output)
         if output.requires_grad:
             progress = self.shared_lending.progress
             output.register_hook(lambda _: progress.enter(f"backward of {placed.place}"))
         return output
+
+    def backward_dw(self, routed_experts: bool = True, shared_experts: bool = False) -> None:
+        """As `MoELayer.backward_dw`; what was lent comes home before native weights' hooks run."""
+        if not (routed_experts and self._put_off):
+            super().backward_dw(routed_experts, shared_experts)
+            return
+        with self.lendable.hooks_held():
+            super().backward_dw(routed_experts, shared_experts)
+            # Not before: the first micro-batch's gradients may be written over `main_grad`.
+            add_returned(self._put_off.popleft())
+
+    def _hold_grads(self, planned: Planned, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Keep the native weights' hooks from running before returned gradients are added."""
+        loan = planned.loan
+        if self.lendable.delays_weight_grads:
+            return hidden_states if loan is None else put_off(loan, hidden_states, self._put_off)
+        if loan is None and not (self._experts_are_reduced and planned.trains):
+            return hidden_states
+        return hold_grads(loan, planned.natives, hidden_states, hold_all=self._experts_are_reduced)
 
     def _enter_forward(self) -> str:
         kind = "MTP layer" if self.is_mtp_layer else "layer"

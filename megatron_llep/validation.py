@@ -112,19 +112,9 @@ REFUSALS = (
         unless=(None, 1),
     ),
     _field(
-        "delay_wgrad_compute",
-        "--delay-wgrad-compute",
-        "gradients of lent experts would leave before they are computed: leave the flag out",
-    ),
-    _field(
         "overlap_dispatch_backward_with_experts_wgrad",
         "--overlap-dispatch-backward-with-experts-wgrad",
         "gradients of lent experts would leave before they are computed: leave the flag out",
-    ),
-    _field(
-        "overlap_moe_expert_parallel_comm",
-        "--overlap-moe-expert-parallel-comm",
-        "a layer's plan lives for one forward at a time: leave the flag out",
     ),
     _field(
         "cuda_graph_impl",

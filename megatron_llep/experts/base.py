@@ -7,6 +7,7 @@ token), F <= M.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import ClassVar
 
@@ -53,6 +54,21 @@ class LendableExperts(ABC):
     def trains(self) -> bool:
         """Whether any native weight needs a gradient."""
         return any(weight.requires_grad for weight in self.module.parameters())
+
+    @property
+    def delays_weight_grads(self) -> bool:
+        """Whether natives' weight gradients come in the module's `backward_dw`, not in backward.
+
+        Those of foreign experts come in backward.
+        """
+        return False
+
+    def hooks_held(self) -> AbstractContextManager[None]:
+        """Run the weights' gradient hooks at the end, and not within `backward_dw`.
+
+        Of modules whose `backward_dw` runs any.
+        """
+        return nullcontext()
 
     def parameter_hooks(self) -> list[Callable[[], object]]:
         """The hooks by which `--overlap-param-gather` waits for a parameter's values.

@@ -16,6 +16,8 @@ need not wait for foreign weights then. Of what the two calls share:
   micro-batches in flight.
 - The cache of quantised weights is the natives': `is_first_microbatch=None`, by which TE knows that
   it must neither read nor fill it, and must add to `main_grad`, not write over it.
+- The store of delayed weight gradients (`--delay-wgrad-compute`) is the natives': those of foreign
+  experts are due at once, as they travel.
 - Recomputed activations: what recomputes them hangs on the output of its own call.
 - Offloaded activations (`--offload-modules` expert_fc1, moe_act) are the natives' alone. Megatron
   counts the offloads of a first micro-batch and expects as many ever after, and how many experts
@@ -67,6 +69,21 @@ class LendableTEGroupedMLP(LendableExperts):
             for expert in range(self.num_native)
         ]
 
+    @property
+    def delays_weight_grads(self) -> bool:
+        """With `--delay-wgrad-compute`."""
+        return any(linear.delay_wgrad_compute for linear in self._linears)
+
+    @contextmanager
+    def hooks_held(self) -> Iterator[None]:
+        """See the base class. In the order of `TEGroupedMLP.backward_dw`."""
+        with ExitStack() as stack:
+            for linear in self._linears:
+                stack.enter_context(_attributes(linear, wgrad_accumulation_and_reduce_hooks=[]))
+            yield
+        for linear in reversed(self._linears):
+            linear._trigger_wgrad_accumulation_and_reduce_hooks()
+
     def compute_foreign(
         self,
         hidden: torch.Tensor,
@@ -105,6 +122,7 @@ class LendableTEGroupedMLP(LendableExperts):
                         linear,
                         num_gemms=len(foreign),
                         disable_parameter_transpose_cache=True,
+                        wgrad_store=type(linear.wgrad_store)(),
                         **named,
                     )
                 )

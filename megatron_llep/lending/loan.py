@@ -24,7 +24,10 @@ On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe
 - The slab in which they add up goes from layer to layer, each of which zeroes it on the main
   stream. A loan closes it in `finish_return`, where the main stream waits for the side stream: for
   the packing, the sums, and an exchange that sent the slab itself. So it is zeroed after these.
-- autograd runs a node's backward on the stream of its forward: the main stream here as well.
+- autograd runs a node's backward on the stream of its forward: the main stream here as well. Only
+  what `refetch` starts may be called on another one, where a schedule combines tokens on a stream
+  of its own; `start_fetch` goes back to the main stream, that of the forward. It depends on nothing
+  that the other one does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,6 +96,7 @@ class WeightLoan:
             self.transfers, self._shapes, group=group, shared=shared, note_bytes=note_bytes
         )
         like = natives[0][0]  # whose own `new_empty` would be quantised where it is
+        self._on_main = shared.stream_on(like.device).way_back()
         self._weights = torch.empty(
             self.transfers.num_foreign * width, dtype=like.dtype, device=like.device
         )
@@ -115,7 +119,7 @@ class WeightLoan:
 
     def start_fetch(self) -> None:
         """Start sending lent experts and receiving foreign ones."""
-        with step("lend.start"):
+        with step("lend.start"), self._on_main():
             self._weights.untyped_storage().resize_(self._weights.nbytes)
             self._hold(self._weights.nbytes)
             assert self._pending is None

@@ -20,9 +20,20 @@ pass nothing on and are hooks of a tensor: they run when its gradient is there.
 
 Every rank runs all of them, whether or not it lends or borrows. (relay only if the plan lends an
 expert in shards, refetch only if weights are freed.)
+
+Under `--overlap-moe-expert-parallel-comm` Megatron cuts a layer's graph between its steps and runs
+the backward of each piece by itself, beside a forward of another micro-batch. The native weights'
+hooks fire at the end of the piece that they are used in. So `HoldGrads` is in that piece too:
+
+    HoldGrads  on the tokens that arrived; there is no relay, it starts the second exchange itself
+
+Under `--delay-wgrad-compute` the natives' gradients and hooks come later still, in `backward_dw`:
+
+    PutOff     in place of HoldGrads; waits for nothing, `add_returned` does so in `backward_dw`
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -55,6 +66,33 @@ def hold_grads(
     # The anchor keeps the node in the graph of a rank on which nothing else needs a gradient.
     anchor = torch.empty(0, device=hidden.device, requires_grad=True)
     return _HoldGrads.apply(loan, held, hidden, anchor, *weights)
+
+
+def put_off(loan: WeightLoan, hidden: torch.Tensor, later: deque[WeightLoan]) -> torch.Tensor:
+    """Pass the tokens that arrived; in backward, leave the return to `add_returned`.
+
+    Args:
+        loan: of this layer and micro-batch.
+        hidden: what all experts' rows are taken from.
+        later: gets the loan when the natives' part of backward is done.
+    """
+    if not (loan.returns and torch.is_grad_enabled()):
+        return hidden
+    anchor = torch.empty(0, device=hidden.device, requires_grad=True)
+    return _PutOff.apply(loan, later, hidden, anchor)
+
+
+@torch.no_grad()
+def add_returned(loan: WeightLoan) -> None:
+    """Wait for the returned gradients; add them to `main_grad`, or `grad` where there is none."""
+
+    def find_grad(native: int, i: int, _: torch.Tensor) -> torch.Tensor:
+        weight = loan.natives[native][i]
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad
+
+    _add_returned(loan, find_grad)
 
 
 def relay(loan: WeightLoan, rows: torch.Tensor) -> None:
@@ -125,19 +163,31 @@ class _HoldGrads(torch.autograd.Function):
         grads: dict[int, list[torch.Tensor | None]] = {
             expert: [None] * loan.tensors_per_expert for expert in ctx.held
         }
-        # In a fixed order.
-        for native, i, numbers, grad in loan.finish_return():
-            weight = loan.natives[native][i]
-            if not weight.requires_grad:
-                continue
-            total = getattr(weight, "main_grad", None)
-            if total is None:
-                total = grads[native][i]
-            if total is None:
-                total = grads[native][i] = grad.new_zeros(weight.shape)
-            total.view(-1)[numbers].add_(grad)
+
+        def make_grad(native: int, i: int, like: torch.Tensor) -> torch.Tensor:
+            grad = grads[native][i]
+            if grad is None:
+                grad = grads[native][i] = like.new_zeros(loan.natives[native][i].shape)
+            return grad
+
+        _add_returned(loan, make_grad)
         flat = (grad for expert in ctx.held for grad in grads[expert])
         return (None, None, grad_hidden, None, *flat)
+
+
+class _PutOff(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, loan: WeightLoan, later: deque[WeightLoan], hidden: torch.Tensor, anchor
+    ) -> torch.Tensor:
+        ctx.loan, ctx.later = loan, later
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_hidden):
+        ctx.loan.continue_return()
+        ctx.later.append(ctx.loan)
+        return None, None, grad_hidden, None
 
 
 class _Lend(torch.autograd.Function):
@@ -159,3 +209,23 @@ class _Lend(torch.autograd.Function):
         if loan.returns:
             loan.start_return()
         return None, grad_hidden
+
+
+def _add_returned(
+    loan: WeightLoan, find_grad: Callable[[int, int, torch.Tensor], torch.Tensor]
+) -> None:
+    """Wait for the return and add it, in a fixed order.
+
+    Args:
+        loan: whose gradients are on their way.
+        find_grad: what they are added to for a weight without `main_grad`: given native expert,
+            number of its weight, and a gradient to be like.
+    """
+    for native, i, numbers, grad in loan.finish_return():
+        weight = loan.natives[native][i]
+        if not weight.requires_grad:
+            continue
+        total = getattr(weight, "main_grad", None)
+        if total is None:
+            total = find_grad(native, i, grad)
+        total.view(-1)[numbers].add_(grad)

@@ -1,7 +1,8 @@
 """A CUDA stream beside the one that computes; on a CPU, where work is done on return, nothing."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -19,6 +20,12 @@ class SideStream:
         if device.type == "cuda":
             # Packing is short and others wait for it: it goes before the kernels of the layer.
             self._stream = torch.cuda.Stream(device, priority=-1)
+
+    def way_back(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
+        """What makes the stream that is current here the current one elsewhere, for a while."""
+        if self._stream is None:
+            return contextlib.nullcontext
+        return partial(torch.cuda.stream, torch.cuda.current_stream(self._stream.device))
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[None]:

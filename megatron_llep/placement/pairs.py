@@ -32,3 +32,12 @@ class Placement:
     """int32 [N]: where each pair is sent, ordered by token, then expert. GPU only."""
     token_ends: torch.Tensor | None = None
     """int32 [T]: where each token's pairs end in `rows_by_token`. GPU only."""
+
+    def keep_for_current_stream(self) -> None:
+        """Keep the memory from being used again before the current stream is done with it.
+
+        For schedules that combine tokens on another stream than the one that placed them.
+        """
+        for tensor in (self.token_index, self.rows_by_token, self.token_ends):
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))

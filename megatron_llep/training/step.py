@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import AbstractSchedulePlan
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
@@ -19,18 +20,24 @@ _SPIKE = 10
 
 
 def forward_step(
-    data_iterator: Iterator[Batch] | None, model: GPTModel, *, packed: bool = False
-) -> tuple[torch.Tensor, Callable]:
+    data_iterator: Iterator[Batch] | None,
+    model: GPTModel,
+    return_schedule_plan: bool = False,
+    *,
+    packed: bool = False,
+) -> tuple[torch.Tensor | AbstractSchedulePlan, Callable]:
     """Run the model on the next micro-batch.
 
     Args:
         data_iterator: None where no data is read.
         model: this rank's chunk.
+        return_schedule_plan: whether the schedule runs the model itself, step by step, as under
+            `--overlap-moe-expert-parallel-comm`.
         packed: whether sequences are packs, with cu_seqlens.
 
     Returns:
-        The model's output (on the last stage the loss of each token, [B, S]) and the function
-        that turns it into the loss.
+        The model's output (on the last stage the loss of each token, [B, S]) or the plan of what
+        computes it, and the function that turns it into the loss.
     """
     timers = get_timers()
     stragglers = StragglerDetector()
@@ -42,7 +49,8 @@ def forward_step(
         )
     timers("batch-generator").stop()
     with stragglers:
-        output = model(
+        run = model.build_schedule_plan if return_schedule_plan else model
+        output = run(
             batch["tokens"],
             batch["position_ids"],
             batch["attention_mask"],

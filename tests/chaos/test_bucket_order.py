@@ -29,6 +29,15 @@ MODES = {
         {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_overlap": True},
         {},
     ),
+    # bf16 is a flag that Megatron wants; the numbers are fp32's.
+    "overlapped exchange": (
+        {
+            "overlap_moe_expert_parallel_comm": True,
+            "bf16": True,
+            "attention_softmax_in_fp32": False,
+        },
+        {},
+    ),
     "distributed optimizer": ({}, {"use_distributed_optimizer": True}),
     "overlapped gather": (
         {},

@@ -132,7 +132,19 @@ FULL_RECOMPUTE = {
 }
 
 
-@pytest.mark.parametrize("config", [{}, FULL_RECOMPUTE], ids=["no recompute", "full recompute"])
+OVERLAPPED_EXCHANGE = {
+    "overlap_moe_expert_parallel_comm": True,
+    # Megatron wants the flag; the numbers are fp32's.
+    "bf16": True,
+    "attention_softmax_in_fp32": False,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, FULL_RECOMPUTE, OVERLAPPED_EXCHANGE],
+    ids=["no recompute", "full recompute", "overlapped exchange"],
+)
 def test_the_return_is_added_before_any_gradient_hook(config):
     run = replace(OVERLAP, steps=2, config=config)
     # 2 steps x 2 micro-batches a rank x 2 layers x 4 native experts x 2 weights.

@@ -51,12 +51,10 @@ def test_the_supported_configuration_passes():
         ({"moe_single_grouped_bias": True}, "--moe-single-grouped-bias"),
         ({"expert_gtp_weight_remat_size": 2}, "--expert-tensor-parallel-num-weight-shards"),
         ({"fp4": "e2m1"}, "--fp4-format e2m1"),
-        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
         (
             {"overlap_dispatch_backward_with_experts_wgrad": True},
             "--overlap-dispatch-backward-with-experts-wgrad",
         ),
-        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
         ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-modules of whole layers"),
         ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),

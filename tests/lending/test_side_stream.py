@@ -7,7 +7,9 @@ memory, one of them a write, must be in order; memory is allocated and let go on
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -39,6 +41,13 @@ class Streams:
         self.uses: dict[int, list[tuple[str, int, bool, str]]] = defaultdict(list)
         self.kept: list[torch.UntypedStorage] = []  # so that no address is used twice
         self.races: list[str] = []
+
+    @contextlib.contextmanager
+    def on(self, stream: str) -> Iterator[None]:
+        """Run what is within on this stream."""
+        before, self.current = self.current, stream
+        yield
+        self.current = before
 
     def wait(self, waiting: str, other: str) -> None:
         """All that `waiting` does from now on comes after all that `other` has so far."""
@@ -104,9 +113,11 @@ class NotedStream(SideStream):
 
     @contextlib.contextmanager
     def resume(self):
-        self.streams.current = SIDE
-        yield
-        self.streams.current = MAIN
+        with self.streams.on(SIDE):
+            yield
+
+    def way_back(self):
+        return partial(self.streams.on, self.streams.current)
 
     def join(self):
         if self.joins:
@@ -189,6 +200,41 @@ def test_no_race(settings):
     for races, beside in run_ranks(find_races, 4, replace(EAGER, **settings), None):
         assert races == []
         assert beside > 0
+
+
+def list_starts(rank, size):
+    """On which stream each exchange of weights or gradients was started."""
+    streams, started = Streams(), []
+
+    class Stream(NotedStream):
+        @contextlib.contextmanager
+        def begin(self):
+            started.append(streams.current)
+            with super().begin():
+                yield
+
+    Stream.streams = streams
+    with use_layout(Layout(ep=2)), pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(shared, "SideStream", Stream)
+        layer = build_layer(Layout(ep=2), rank, 1.0)
+        convert_model([layer], replace(EAGER, foreign_weights="refetch"))
+        hidden = torch.rand(T, 1, H, dtype=torch.float64)
+        rows, probs = layer.preprocess(hidden, *layer.route(hidden))
+        with streams.on("tokens"):
+            rows, probs = layer.dispatch(rows, probs)
+        computed, _ = layer.routed_experts_compute(rows, probs)
+        leaf = computed.detach().requires_grad_()
+        with streams.on("tokens"):
+            output = layer.postprocess(layer.combine(leaf), None)
+            output.sum().backward()
+        computed.backward(leaf.grad)
+    return started
+
+
+def test_weights_are_fetched_again_on_the_main_stream():
+    """Where a schedule exchanges tokens on another one."""
+    # Fetched, fetched again, returned.
+    assert run_ranks(list_starts, 2) == [[MAIN] * 3] * 2
 
 
 @pytest.mark.parametrize("broken", ["begin", "join"])

@@ -255,6 +255,13 @@ LAYOUTS = {
             *("--recompute-num-layers", 1),
         ],
     ),
+    "EP2 bf16, overlapped exchange": (
+        {},
+        [
+            *("--bf16", "--overlap-moe-expert-parallel-comm"),
+            "--ep-overlap-early-attn-memory-release",
+        ],
+    ),
     "EP2 validation": ({}, ["--eval-interval", 2, "--eval-iters", 1, "--log-interval", 2]),
 }
 

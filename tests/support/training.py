@@ -310,12 +310,15 @@ def _forward_backward(wrapped: list[Any], run: Run, step: int) -> float:
     return total.item() / run.micro_batches
 
 
-def _forward_step(iterator: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward_step(
+    iterator: Iterator[torch.Tensor], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
     tokens = next(iterator)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    output = model(inputs, positions, None, labels=labels)
-    return output, partial(_compute_loss, model.module.config.calculate_per_token_loss)
+    forward = model.build_schedule_plan if return_schedule_plan else model
+    output = forward(inputs, positions, None, labels=labels)
+    return output, partial(_compute_loss, model.config.calculate_per_token_loss)
 
 
 def _compute_loss(per_token: bool, losses: torch.Tensor) -> tuple[Any, ...]:

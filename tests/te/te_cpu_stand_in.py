@@ -51,6 +51,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Gemm]:
     return gemms
 
 
+@torch.no_grad()  # delayed weight gradients are computed outside of autograd
 def grouped_gemm(
     A: list[Any],
     B: list[Any],

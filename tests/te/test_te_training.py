@@ -5,7 +5,9 @@ TE's kernels are stand-ins here.
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from te_cpu_stand_in import make_fp8_recipe
 from te_experts import TE_CONFIG, use_te_experts
 
+from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.layer import LLEPMoELayer
 from support.layout import Layout
@@ -196,6 +199,57 @@ def test_the_number_of_gemms(gemms):
     # The hot expert of layer 1 is on rank 0, that of layer 2 too: rank 1 borrows.
     assert lender == {(layout, native): each for layout in layouts}
     assert borrower == lender | {(layout, 1): each for layout in layouts}
+
+
+OVERLAPPED = {
+    "overlap_moe_expert_parallel_comm": True,
+    # Megatron wants the flag; the numbers are fp32's.
+    "bf16": True,
+    "attention_softmax_in_fp32": False,
+}
+DELAYED = OVERLAPPED | {"delay_wgrad_compute": True}
+
+
+def delayed(llep: LLEPConfig = EAGER, *, config: Mapping[str, Any] | None = None, **settings: Any):
+    """Weight gradients are computed after backward, and reduced from there."""
+    ddp = {"delay_wgrad_compute": True} | settings.pop("ddp", {})
+    run = te_run(config=DELAYED | (config or {}), ddp=ddp, micro_batches=8, **settings)
+    return Case(run, llep)
+
+
+def test_delayed_weight_gradients():
+    """TE writes a first micro-batch's fused gradients over what is in `main_grad`."""
+    compare_all(
+        {
+            "not delayed": Case(te_run(config=FUSED | OVERLAPPED, ddp=OVERLAP, steps=3)),
+            "delayed": delayed(),
+            "fused": delayed(KEEP, config=FUSED, routing="hot", ddp=OVERLAP, steps=3),
+            "fused, refetched": delayed(REFETCH, config=FUSED | SHARED, ddp=OVERLAP, steps=3),
+            "biases": delayed(config=FUSED | {"add_bias_linear": True}, routing="one_rank"),
+            "lends 0": delayed(config=FUSED, ddp=OVERLAP, prepare=lend_only(0)),
+            "lends 1": delayed(config=FUSED, ddp=OVERLAP, prepare=lend_only(1)),
+        },
+        timeout=120,
+    )
+
+
+def test_delayed_weight_gradients_of_two_replicas():
+    """Expert data parallelism of 2: what is reduced too early shows from the second step on."""
+    replicas = Layout(ep=2, dp=4)
+    compare_all(
+        {
+            "fused": delayed(layout=replicas, config=FUSED, ddp=OVERLAP, steps=3),
+            "shards": delayed(
+                replace(EAGER, scatter_from=2),
+                layout=Layout(ep=4),
+                config=FUSED,
+                routing="one_rank",
+                ddp=OVERLAP,
+                steps=3,
+            ),
+        },
+        timeout=120,
+    )
 
 
 FIRST_LAYER_IN_BF16 = {"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 0}
