@@ -8,25 +8,8 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+from megatron_llep.integration.settings.table import read_arguments_as_config
 from megatron_llep.validation import check_config
-
-_UNSUPPORTED_WITH_LLEP = {
-    "use_megatron_fsdp": "--use-megatron-fsdp: it shards the expert weights that LLEP lends; use "
-    "Megatron's DDP with --use-distributed-optimizer",
-    "use_torch_fsdp2": "--use-torch-fsdp2: it shards the expert weights that LLEP lends; use "
-    "Megatron's DDP with --use-distributed-optimizer",
-    "overlap_param_gather_with_optimizer_step": "--overlap-param-gather-with-optimizer-step: "
-    "Megatron 0.19 gathers the experts of a stage's first chunk before their optimizer has "
-    "stepped, and their replicas drift apart; leave the flag out",
-    "save_activations_interval": "--save-activations-interval: what foreign experts compute would "
-    "be saved under native experts' names; leave the flag out",
-    "save_dgrads_interval": "--save-dgrads-interval: what foreign experts compute would be saved "
-    "under native experts' names; leave the flag out",
-    "save_tokens_per_expert_interval": "--save-tokens-per-expert-interval: it would save the "
-    "tokens of slots, and not of experts; use --moe-routing-trace-path",
-    "fake_process_group": "--fake-process-group: plans are made from counts that are exchanged; "
-    "leave the flag out",
-}
 
 _DATA_ARGUMENTS = (
     "data_path",
@@ -79,20 +62,13 @@ def check_as_given(args: Namespace) -> LLEPConfig:
         ValueError: as `read_arguments`.
     """
     llep = llep_config_from_args(args)
-    if llep.enabled:
-        refuse_flags(args, _UNSUPPORTED_WITH_LLEP)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ValueError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains MoE "
             "layers under tensor parallelism only with --sequence-parallel; add that flag"
         )
     if llep.enabled and not args.use_checkpoint_args:
-        # Under the names of TransformerConfig, where they differ.
-        renamed = {
-            "num_moe_experts": args.num_experts,
-            "cpu_offloading": args.cpu_offloading_num_layers > 0,
-        }
-        check_config(Namespace(**(vars(args) | renamed)), llep)
+        check_config(read_arguments_as_config(args), llep)
     return llep
 
 
