@@ -1,7 +1,7 @@
 """The command line of a training script: Megatron's flags, LLEP's, and what is refused."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
@@ -62,14 +62,20 @@ def check_as_given(args: Namespace) -> LLEPConfig:
         ValueError: as `read_arguments`.
     """
     llep = llep_config_from_args(args)
-    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-        raise ValueError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains MoE "
-            "layers under tensor parallelism only with --sequence-parallel; add that flag"
-        )
+    for refusal in refuse_layout(args):
+        raise ValueError(refusal)
     if llep.enabled and not args.use_checkpoint_args:
         check_config(read_arguments_as_config(args), llep)
     return llep
+
+
+def refuse_layout(args: Namespace) -> Iterator[str]:
+    """What Megatron's MoE layers refuse, with LLEP and without, once they train."""
+    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        yield (
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains MoE "
+            "layers under tensor parallelism only with --sequence-parallel; add that flag"
+        )
 
 
 def refuse_flags(args: Namespace, messages: dict[str, str]) -> None:

@@ -22,5 +22,5 @@ def test_no_row_is_there_twice():
 
 
 def test_nothing_is_both_supported_and_refused():
-    supported = {flag for each in SETTINGS if each.verdict == "supported" for flag in each.flags}
+    supported = {span for each in SETTINGS if each.verdict == "supported" for span in each.spans}
     assert not supported & {each.flag for each in SETTINGS if each.verdict == "refused"} - {""}

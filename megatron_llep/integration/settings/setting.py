@@ -38,9 +38,9 @@ class Setting:
     """For what is replaced: the fields of the configuration that say what runs instead."""
 
     @property
-    def flags(self) -> list[str]:
-        """All flags that the row is about."""
-        return re.findall(r"`(--[a-z0-9-]+)", self.shown)
+    def spans(self) -> list[str]:
+        """All flags that the row is about, some with a value."""
+        return re.findall(r"`(--[^`]+)`", self.shown)
 
     @property
     def shown(self) -> str:
