@@ -23,8 +23,10 @@ from megatron_llep.config import LLEPConfig
 from megatron_llep.dispatcher import LLEPTokenDispatcher
 from megatron_llep.experts.grouped_mm import GroupedMM
 from megatron_llep.experts.kinds import make_lendable
+from megatron_llep.experts.te_grouped import leave_fused_operations
 from megatron_llep.experts.unchanged import UnchangedExperts
-from megatron_llep.integration.graphs import keep_planning_out_of_graphs
+from megatron_llep.integration.settings.notices import Notices
+from megatron_llep.integration.settings.table import replace_settings
 from megatron_llep.lending.loan import WeightLoan
 from megatron_llep.lending.nodes import (
     add_returned,
@@ -56,9 +58,12 @@ class LLEPMoELayer(MoELayer):
         *,
         llep: LLEPConfig,
         shared: SharedLending,
+        notices: Notices | None = None,
     ):
-        check_config(config, llep)  # before Megatron builds a dispatcher that is refused
-        keep_planning_out_of_graphs(config)
+        check_config(config, llep)
+        notices = notices or Notices()
+        notices.add(replace_settings(config))  # before Megatron builds a dispatcher to no purpose
+        notices.tell()
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         check_layer(self, llep)
@@ -75,10 +80,9 @@ class LLEPMoELayer(MoELayer):
     ) -> None:
         """Turn a built `MoELayer` into this class, in place: same parameters, same module.
 
-        The caller has checked it, and prepared its groups.
+        The caller has checked it, prepared its groups, and replaced settings of its configuration.
         """
         assert type(layer) is MoELayer, "the behaviour of a subclass would be lost"
-        keep_planning_out_of_graphs(layer.config)
         layer.__class__ = cls
         layer._start_llep(llep, shared, pg_collection)
 
@@ -88,6 +92,7 @@ class LLEPMoELayer(MoELayer):
         groups = shared.groups_of(pg_collection)
         if llep.expert_gemm == "grouped_mm":
             GroupedMM.convert(self.experts)
+        leave_fused_operations(self.experts)
         self.llep = llep
         self.lendable = make_lendable(self.experts)
         self.unchanged_experts = UnchangedExperts(self.experts)

@@ -129,6 +129,20 @@ class LendableTEGroupedMLP(LendableExperts):
             yield
 
 
+def leave_fused_operations(experts: torch.nn.Module) -> None:
+    """Let a `TEGroupedMLP` that was built for TE's fused operations run its linears instead.
+
+    These hold the parameters in both cases. Megatron makes the fused operations of them at the
+    first forward, with the weights of the natives for good; foreign experts could not enter. With
+    FP8, rows are then padded as the recipe asks, and not to what the fused kernels ask.
+    """
+    if getattr(experts, "_with_fused_impl", False):
+        experts._with_fused_impl = False
+        for name in ("quantization_padding", "quantization_unpadding"):
+            if hasattr(experts, name):
+                getattr(experts, name).align_size = None  # found at the first forward
+
+
 def _parameter_kinds(linear: torch.nn.Module) -> tuple[str, ...]:
     return ("weight", "bias") if linear.use_bias else ("weight",)
 

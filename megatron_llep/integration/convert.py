@@ -15,11 +15,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.model_groups import find_groups
 from megatron_llep.integration.replace_layers import replace_moe_layers
+from megatron_llep.integration.settings.notices import NOBODY_TO_LEND_TO, Notices
+from megatron_llep.integration.settings.table import replace_settings
 from megatron_llep.layer import LLEPMoELayer
+from megatron_llep.lending.groups import gather_objects
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import install_tracker
@@ -32,7 +36,8 @@ def with_llep(
     """Copy a specification, with every `MoELayer` in it replaced.
 
     All ranks call it, for each model chunk, before they build it; also those whose chunk holds no
-    MoE layer, because all of them make the process groups in which experts are lent.
+    MoE layer, because all of them make the process groups in which experts are lent. Layers whose
+    expert-parallel group is one rank stay plain.
 
     Args:
         spec: of a layer, a block of layers (`TransformerBlockSubmodules`) or a hybrid stack.
@@ -45,17 +50,24 @@ def with_llep(
     """
     if not _all_agree(config, "with_llep"):
         return spec
-    shared = SharedLending()
+    shared, notices = SharedLending(), Notices()
     replaced, groups, refusal = spec, [], None
     try:
-        replaced = replace_moe_layers(spec, {"llep": config, "shared": shared})
+        settings = {"llep": config, "shared": shared, "notices": notices}
+        replaced = replace_moe_layers(spec, settings)
         if replaced is not spec:
-            groups.append(find_groups(pg_collection))
+            own = find_groups(pg_collection)
+            if own.ep.size() > 1:
+                groups.append(own)
+            else:
+                replaced = spec
+                notices.add([NOBODY_TO_LEND_TO])
     except ValueError as error:
         refusal = str(error)
     refuse_on_all_ranks(refusal)
     install_tracker()
     shared.prepare_groups(groups, join_replicas=config.replicas == "expert-dp")
+    notices.tell()
     return replaced
 
 
@@ -64,10 +76,13 @@ def convert_model(
     config: LLEPConfig,
     pg_collection: ProcessGroupCollection | None = None,
     progress: Progress | None = None,
+    notices: Notices | None = None,
 ) -> list[torch.nn.Module]:
     """Convert every MoE layer of a built model, before DDP wraps it.
 
-    All ranks call it, also those whose chunks hold no MoE layer.
+    All ranks call it, also those whose chunks hold no MoE layer. Layers whose expert-parallel group
+    is one rank stay plain. Where something of Megatron's is replaced, the model's configuration
+    says what runs, and rank 0 prints a line.
 
     Args:
         model: the model chunks of this rank's pipeline stage.
@@ -75,6 +90,7 @@ def convert_model(
         pg_collection: the model's process groups. Default: those that it was built with, else
             Megatron's global ones.
         progress: told by the layers where this rank is; a caller adds it to errors of training.
+        notices: what the caller has replaced already, to be told in the same block.
 
     Returns:
         The same chunks.
@@ -83,18 +99,22 @@ def convert_model(
         ValueError: on all ranks; names the layer that some rank refuses, and the way out. No layer
             is converted then, on any rank.
     """
-    chunks = list(model)
+    chunks, notices = list(model), notices or Notices()
     if not _all_agree(config, "convert_model"):
         return chunks
     found: list[tuple[MoELayer, ProcessGroupCollection]] = []
-    refusal = None
+    refusal, is_alone = None, False
     for number, chunk in enumerate(chunks):
         for name, layer in chunk.named_modules():
             if isinstance(layer, MoELayer) and not isinstance(layer, LLEPMoELayer):
                 try:
-                    _check_convertible(layer, config)
-                    _check_outside_graphs(chunk.get_submodule(name.rpartition(".")[0]))
-                    found.append((layer, find_groups(pg_collection, chunk)))
+                    groups = find_groups(pg_collection, chunk)
+                    if groups.ep.size() > 1:
+                        _check_convertible(layer, config)
+                        _check_outside_graphs(chunk.get_submodule(name.rpartition(".")[0]))
+                        found.append((layer, groups))
+                    else:
+                        is_alone = True
                 except ValueError as error:
                     refusal = refusal or f"{error} ({name or 'the layer'} of chunk {number})"
     refuse_on_all_ranks(refusal)
@@ -103,6 +123,14 @@ def convert_model(
     shared.prepare_groups(
         [groups for _, groups in found], join_replicas=config.replicas == "expert-dp"
     )
+    # Rank 0 may have a stage without MoE layers, and tells what concerns the others.
+    ranks_lend, ranks_are_alone = zip(*gather_objects((bool(found), is_alone)), strict=True)
+    if any(ranks_lend):
+        for config_of_model in _list_configurations(chunks):
+            notices.add(replace_settings(config_of_model))
+    if any(ranks_are_alone):
+        notices.add([NOBODY_TO_LEND_TO])
+    notices.tell()
     for layer, groups in found:
         LLEPMoELayer.convert(layer, llep=config, shared=shared, pg_collection=groups)
     return chunks
@@ -111,6 +139,14 @@ def convert_model(
 def llep_hook(config: LLEPConfig) -> Callable[[list[torch.nn.Module]], list[torch.nn.Module]]:
     """`convert_model` as a hook for Megatron's `GPTModelConfig.pre_wrap_hooks`."""
     return partial(convert_model, config=config)
+
+
+def _list_configurations(chunks: Sequence[torch.nn.Module]) -> list[TransformerConfig]:
+    """Each once; some of Megatron's modules have a copy."""
+    configs = [getattr(module, "config", None) for chunk in chunks for module in chunk.modules()]
+    return list(
+        {id(each): each for each in configs if isinstance(each, TransformerConfig)}.values()
+    )
 
 
 def _all_agree(config: LLEPConfig, name: str) -> bool:

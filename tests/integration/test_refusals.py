@@ -9,9 +9,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.layer import LLEPMoELayer
-from megatron_llep.lending.shared import SharedLending
-from megatron_llep.validation import REFUSALS, check_config, check_layer, check_same_on_all_ranks
+from megatron_llep.validation import check_config, check_layer, check_same_on_all_ranks
 from support.layout import Layout, use_layout
 from support.llep import EAGER
 from support.ranks import run_ranks
@@ -25,6 +23,7 @@ def config_with(**changes) -> SimpleNamespace:
 
 
 SUPPORTED = make_config(Run(layout=Layout(ep=2)))
+GROUPED_FP8 = {"fp8": "hybrid", "moe_grouped_gemm": True}
 
 
 def test_the_supported_configuration_passes():
@@ -35,16 +34,12 @@ def test_the_supported_configuration_passes():
     ("changes", "flag"),
     [
         ({"num_moe_experts": None}, "--num-experts"),
-        ({"expert_model_parallel_size": 1}, "--expert-model-parallel-size 1"),
         ({"num_moe_experts": 7}, "--num-experts 7"),
-        ({"moe_token_dispatcher_type": "flex"}, "--moe-token-dispatcher-type flex"),
-        ({"moe_token_dispatcher_type": "allgather"}, "--moe-token-dispatcher-type allgather"),
         ({"moe_expert_capacity_factor": 1.25}, "--moe-expert-capacity-factor 1.25"),
         ({"moe_pad_expert_input_to_capacity": True}, "--moe-pad-expert-input-to-capacity"),
-        ({"moe_permute_fusion": True}, "--moe-permute-fusion"),
-        ({"moe_router_padding_for_quantization": True}, "--moe-router-padding-for-quantization"),
-        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, "--fp8-recipe delayed"),
-        ({"fp8": "hybrid", "fp8_recipe": "custom"}, "--fp8-recipe custom"),
+        ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, "--fp8-format hybrid"),
+        (GROUPED_FP8 | {"fp8_recipe": "delayed"}, "--fp8-recipe delayed"),
+        (GROUPED_FP8 | {"fp8_recipe": "custom"}, "--fp8-recipe custom"),
         ({"fp8_param": True}, "--fp8-param-gather"),
         ({"quant_recipe": "any"}, "--te-precision-config-file"),
         ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
@@ -57,7 +52,6 @@ def test_the_supported_configuration_passes():
         ),
         ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-modules of whole layers"),
-        ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
         ({"cpu_offloading": True}, "--cpu-offloading-num-layers"),
         ({"moe_expert_rank_capacity_factor": 1.5}, "--moe-expert-rank-capacity-factor 1.5"),
         ({"moe_paged_stash": True}, "--moe-paged-stash"),
@@ -75,19 +69,6 @@ def test_unsupported_settings_name_flag_and_remedy(changes, flag):
     assert flag in str(error.value)
 
 
-@pytest.mark.parametrize("backend", ["deepep", "hybridep", "ncclep"])
-def test_a_refused_dispatcher_is_named_before_megatron_builds_it(backend):
-    """Megatron's own would first ask for a package that is not installed here."""
-    config = config_with(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend=backend)
-    with pytest.raises(ValueError, match="--moe-token-dispatcher-type flex: not supported"):
-        LLEPMoELayer(config, llep=EAGER, shared=SharedLending())
-
-
-def test_every_refused_setting_is_one_of_megatrons():
-    for refusal in REFUSALS:
-        refusal.value(SUPPORTED)  # raises AttributeError where Megatron has no such field
-
-
 def test_more_foreign_slots_than_experts():
     with pytest.raises(ValueError, match="--moe-llep-max-foreign-experts 5: a rank hosts 4"):
         check_config(SUPPORTED, replace(EAGER, max_foreign_experts=5))
@@ -101,7 +82,7 @@ def test_experts_of_another_kind():
 
 
 def test_fp8_needs_experts_that_quantise():
-    config = config_with(fp8="hybrid", fp8_recipe="tensorwise")
+    config = config_with(**GROUPED_FP8, fp8_recipe="tensorwise")
     experts = SequentialMLP.__new__(SequentialMLP)
     torch.nn.Module.__init__(experts)
     experts.num_local_experts, experts.local_experts = 1, [torch.nn.Linear(1, 1)]

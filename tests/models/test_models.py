@@ -5,13 +5,12 @@ import torch
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
 from megatron_llep.layer import LLEPMoELayer
-from megatron_llep.validation import check_config
 from support.layout import Layout
 from support.llep import EAGER, train_with_llep
 from support.parity import Case, compare_all
 from support.ranks import run_ranks
 from support.routing import Routing
-from support.training import Run, make_config, train
+from support.training import Run, train
 
 EP2 = Layout(ep=2)
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
@@ -154,10 +153,3 @@ def test_only_the_model_hook_reaches_prediction_layers(seam):
 
     # Megatron derives the specification of these layers by itself.
     assert run_ranks(work, 2) == [[seam == "model"]] * 2
-
-
-def test_latent_experts_are_refused_by_flag():
-    config = make_config(Run(layout=EP2))
-    config.moe_latent_size = 16
-    with pytest.raises(ValueError, match=r"--moe-latent-size 16: .* leave the flag out"):
-        check_config(config, EAGER)

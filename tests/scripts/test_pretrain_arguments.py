@@ -79,18 +79,8 @@ BAD = {
         "--tensor-model-parallel-size 2",
         "add that flag",
     ),
-    "one rank": (
-        ["--expert-model-parallel-size", "1"],
-        "--expert-model-parallel-size 1",
-        "leave --moe-llep out",
-    ),
     "indivisible": (["--num-experts", "7"], "--num-experts 7", "must be a multiple"),
     "dense": (["--num-experts", "0"], "--moe-llep", "set --num-experts"),
-    "allgather": (
-        ["--moe-token-dispatcher-type", "allgather"],
-        "--moe-token-dispatcher-type allgather",
-        "use --moe-token-dispatcher-type alltoall",
-    ),
     "capacity": (
         ["--moe-expert-capacity-factor", "1.0"],
         "--moe-expert-capacity-factor 1.0",
@@ -150,7 +140,7 @@ def test_bad_settings_name_flag_value_and_remedy(case, use_command_line):
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("case", ["capacity", "padding", "allgather", "one rank"])
+@pytest.mark.parametrize("case", ["capacity", "padding"])
 def test_without_llep_megatron_decides(case, use_command_line):
     use_command_line(tiny_flags(*DATA, *BAD[case][0], without=[LLEP]))
     check_as_given(parse_args(add_llep_arguments))

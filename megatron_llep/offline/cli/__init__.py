@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "check": "say of a training configuration what LLEP accepts, replaces and refuses",
     "plan": "show one plan: which rank computes what, who lends to whom",
     "simulate": "predict time, memory and traffic of a model under plain EP and each planner",
     "calibrate": "measure this machine, for planner auto and for simulate",

@@ -206,13 +206,14 @@ def check_megatron() -> Iterator[Finding]:
         return
     count = sum(len(names) for names in SEAMS.values())
     yield Finding(state="ok", what=f"all {count} places where LLEP joins Megatron are there")
-    from megatron_llep.validation import REFUSALS
+    from megatron_llep.integration.settings.refused import REFUSED
 
-    flags = ", ".join(refusal.flag for refusal in REFUSALS)
+    flags = ", ".join(setting.flag for setting in REFUSED)
     yield Finding(
         state="note",
         what="supported: experts of SequentialMLP, and of TEGroupedMLP with Transformer Engine; "
-        "the all-to-all dispatcher; layouts and recompute modes are in docs/parallelism.md",
+        "layouts and recompute modes are in docs/parallelism.md; ask for yours with "
+        "`python -m megatron_llep check`",
         remedy=f"refused at start-up: {flags}",
     )
 

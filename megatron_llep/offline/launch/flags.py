@@ -22,7 +22,7 @@ def load_config(path: Path) -> dict[str, Flags]:
         ValueError: no such file, not YAML, an unknown section, a key that is no flag, or a flag
             that two sections give.
     """
-    document = _read_document(path)
+    document = read_document(path)
     base = document.pop("BASE", None)
     document.pop("SCRIPT", None)
     for name, flags in document.items():
@@ -58,13 +58,18 @@ def find_script(path: Path) -> str | None:
     Raises:
         ValueError: no such file, or not YAML.
     """
-    document = _read_document(path)
+    document = read_document(path)
     if "SCRIPT" in document or "BASE" not in document:
         return document.get("SCRIPT")
     return find_script(path.parent / str(document["BASE"]))
 
 
-def _read_document(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        ValueError: no such file, or not YAML.
+    """
     if not path.is_file():
         raise ValueError(f"configuration {path}: no such file; see configs/ for those that exist")
     try:

@@ -25,7 +25,7 @@ def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost
         llep.foreign_weights is None and config.pipeline_model_parallel_size > 1
     )
     shape = LayerShape(
-        hidden=config.hidden_size,
+        hidden=config.moe_latent_size or config.hidden_size,
         ffn_hidden=config.moe_ffn_hidden_size // config.expert_tensor_parallel_size,
         num_experts=config.num_moe_experts,
         top_k=config.moe_router_topk,

@@ -1,0 +1,70 @@
+"""What else is refused: by LLEP's own settings, at conversion, or at the first forward."""
+
+from megatron_llep.integration.settings.setting import Setting
+
+_ROWS = (
+    (
+        "`--num-experts` left out, or no multiple of the expert-parallel size",
+        "there is nothing to lend: set it, or leave `--moe-llep` out",
+    ),
+    (
+        "`--moe-llep-max-foreign-experts` above the experts of a rank",
+        "a rank may borrow at most as many as it hosts",
+    ),
+    (
+        "`--moe-llep-replicas expert-dp` where expert data parallelism is 1",
+        "no expert has a second replica: use more ranks or a smaller expert-parallel size, or "
+        "leave the flag out",
+    ),
+    (
+        "`--moe-llep-planner auto` without a cost model, or with one that cannot be read",
+        "it predicts times: give `--moe-llep-cost-model` a file that `python -m megatron_llep "
+        "calibrate` wrote, or choose another planner",
+    ),
+    (
+        "`--moe-llep-planner lp` without `--moe-llep-replicas`",
+        "it lends nothing: give `--moe-llep-replicas expert-dp`, or choose another planner",
+    ),
+    (
+        "`--moe-llep-*` that differ between ranks",
+        "give all ranks the same",
+    ),
+    (
+        "`--moe-llep-expert-gemm grouped_mm` with experts other than `SequentialMLP` of "
+        "Megatron's own linear layers",
+        "it computes these alone: leave it out",
+    ),
+    (
+        "`--moe-llep-expert-gemm grouped_mm` with weights whose sizes on a rank are no multiples "
+        "of 16 bytes; on a GPU in other than bf16, or older than compute capability 8.0; with a "
+        "torch that has no `grouped_mm`",
+        "the kernel needs them: change the sizes or the dtype, or leave it out",
+    ),
+    (
+        "experts of another kind than `SequentialMLP` and `TEGroupedMLP`",
+        "LLEP cannot lend them",
+    ),
+    (
+        "expert weights of several dtypes",
+        "they cannot travel in one buffer: use one dtype",
+    ),
+    (
+        "a subclass of Megatron's `MoELayer`, in a model or a specification",
+        "its own behaviour would be lost",
+    ),
+    (
+        "adapters (LoRA) or other modules put around experts after LLEP was switched on",
+        "at the first forward; an expert would be lent without them: call `convert_model` on the "
+        "model that has its adapters",
+    ),
+    (
+        "experts whose weights FSDP shards, before or after LLEP was switched on",
+        "it shards what LLEP lends, and is seen at conversion, else at the first forward: use "
+        "Megatron's DDP with `--use-distributed-optimizer`",
+    ),
+)
+
+REFUSED_ELSEWHERE = tuple(
+    Setting(verdict="refused", title=title, text=text) for title, text in _ROWS
+)
+"""Where the table alone does not see it; who refuses names the reason in the same words."""

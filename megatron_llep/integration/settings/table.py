@@ -1,0 +1,68 @@
+"""All settings of the table, and what it says of one configuration."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+from megatron_llep.integration import graphs
+from megatron_llep.integration.settings.refused import REFUSED
+from megatron_llep.integration.settings.refused_elsewhere import REFUSED_ELSEWHERE
+from megatron_llep.integration.settings.replaced import REPLACED
+from megatron_llep.integration.settings.setting import Setting
+from megatron_llep.integration.settings.supported import SUPPORTED
+from megatron_llep.integration.settings.untried import UNTRIED
+
+SETTINGS: tuple[Setting, ...] = (*SUPPORTED, *REPLACED, *REFUSED_ELSEWHERE, *REFUSED, *UNTRIED)
+
+
+def find_refusals(source: Any) -> Iterator[str]:
+    """What the table refuses in a source: flag, value, reason and way out of each."""
+    for setting in REFUSED:
+        if setting.is_set(source):
+            read = setting.value or attrgetter(setting.name)
+            value = read(source)
+            yield f"{setting.flag} {value}: not supported with --moe-llep; {setting.text}"
+
+
+def find_notices(source: Any) -> list[str]:
+    """What runs in place of what a source has set, a line each."""
+    return [
+        f"{setting.describe(source)}: {setting.text}"
+        for setting in REPLACED
+        if setting.is_set(source)
+    ] + graphs.notices(source)
+
+
+def replace_settings(config: Any) -> list[str]:
+    """Make a model's configuration say what runs; Megatron reads it in every forward.
+
+    Experts pad their rows unless it says that the router or a dispatcher has done so.
+
+    Returns:
+        The notices. Of what has been replaced, a second call returns none.
+    """
+    notices = find_notices(config)
+    for setting in [each for each in REPLACED if each.is_set(config)]:
+        for name, value in setting.runs.items():
+            setattr(config, name, value)
+    graphs.keep_planning_out_of_graphs(config)
+    return notices
+
+
+def read_arguments_as_config(args: Namespace) -> Namespace:
+    """Megatron's parsed arguments, also under the names of `TransformerConfig`.
+
+    Megatron itself makes a configuration of them only after it has validated them.
+    """
+    expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    shards = args.expert_tensor_parallel_num_weight_shards or expert_tp
+    renamed = {
+        "num_moe_experts": args.num_experts,
+        "cuda_graph_modules": args.cuda_graph_modules or args.cuda_graph_scope_deprecated,
+        "cpu_offloading": args.cpu_offloading_num_layers > 0,
+        "fp8_param": args.fp8_param_gather,
+        "quant_recipe": args.te_precision_config_file,
+        "expert_gtp_weight_remat_size": shards // expert_tp,
+    }
+    return Namespace(**(vars(args) | renamed))

@@ -1,0 +1,1 @@
+"""What LLEP says of a training configuration, before anything trains."""
