@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     all_to_all,
@@ -124,9 +123,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         with step("count.wait"):
             counted = routed.table.wait()
-        self.progress.check_plans(
-            counted.last_plans, dist.get_process_group_ranks(self.tp_ep_group)
-        )
+        self.progress.check_plans(counted.last_plans, self.tp_ep_group)
         start = time.perf_counter()
         with step("plan"):
             plan, counts = plan_over_replicas(
