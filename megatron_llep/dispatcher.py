@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     all_to_all,
@@ -80,6 +81,9 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.num_replicas = self.ep_size * num_local_experts // self.num_experts
         self.cost = get_layer_cost(config, llep)
         self.progress = progress or Progress()
+        self.compares_at_once = dist.get_backend(self.tp_ep_group) == "gloo"
+        """Whether unlike plans are seen before tokens move, and not with the next counts. gloo's
+        exchanges hold up the host: with other sizes on other ranks it would never come to count."""
         self.on_plan: list[Callable[[Planned], None]] = []
         """Called with each plan."""
         # For whoever calls Megatron's steps without the layer: see `dispatch_postprocess`.
@@ -119,7 +123,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Plan from all ranks' counts.
 
         Raises:
-            RuntimeError: the ranks' last plans differ.
+            RuntimeError: the ranks' plans differ.
         """
         with step("count.wait"):
             counted = routed.table.wait()
@@ -139,14 +143,17 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
                 topology=self.topology,
                 cost=self.cost,
             )
+        plan_seconds = time.perf_counter() - start
         self.progress.note_plan(plan.digest())
+        if self.compares_at_once:
+            self.progress.compare_plans(self.tp_ep_group)
         planned = Planned(
             **vars(routed),
             counts=counts,
             load_before=load_per_rank(counted.counts, self.num_replicas, self.ep_size),
             plan=plan,
             trainers=counted.trainers,
-            plan_seconds=time.perf_counter() - start,
+            plan_seconds=plan_seconds,
         )
         for listener in self.on_plan:
             listener(planned)

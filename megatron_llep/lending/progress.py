@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 
@@ -41,8 +42,23 @@ class Progress:
         """Note what was planned here: it goes out with the next counts."""
         self.last_plan, self._planned_in = digest, self._place
 
+    def compare_plans(self, group: dist.ProcessGroup) -> None:
+        """Check at once that all ranks of the group made the same plan; on the host, over gloo.
+
+        Raises:
+            RuntimeError: as `check_plans`.
+        """
+        # The largest complement belongs to the smallest digest.
+        extremes = torch.tensor([self.last_plan, ~self.last_plan])
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+        most, least = extremes[0], ~extremes[1]
+        if most != least:
+            made = extremes.new_empty(dist.get_world_size(group))
+            dist.all_gather_into_tensor(made, extremes.new_tensor([self.last_plan]), group=group)
+            self.check_plans(made.numpy(), group)
+
     def check_plans(self, last_plans: np.ndarray, group: dist.ProcessGroup) -> None:
-        """Check that all ranks made the same plan before this count.
+        """Check that all ranks made the same plan.
 
         Args:
             last_plans: int64 [R], the digests they sent.
