@@ -81,6 +81,9 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.num_replicas = self.ep_size * num_local_experts // self.num_experts
         self.cost = get_layer_cost(config, llep)
         self.progress = progress or Progress()
+        self.compares_at_once = dist.get_backend(self.tp_ep_group) == "gloo"
+        """Whether unlike plans are seen before tokens move, and not with the next counts. gloo's
+        exchanges hold up the host: with other sizes on other ranks it would never come to count."""
         self.on_plan: list[Callable[[Planned], None]] = []
         """Called with each plan."""
         # For whoever calls Megatron's steps without the layer: see `dispatch_postprocess`.
@@ -120,13 +123,11 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Plan from all ranks' counts.
 
         Raises:
-            RuntimeError: the ranks' last plans differ.
+            RuntimeError: the ranks' plans differ.
         """
         with step("count.wait"):
             counted = routed.table.wait()
-        self.progress.check_plans(
-            counted.last_plans, dist.get_process_group_ranks(self.tp_ep_group)
-        )
+        self.progress.check_plans(counted.last_plans, self.tp_ep_group)
         start = time.perf_counter()
         with step("plan"):
             plan, counts = plan_over_replicas(
@@ -142,14 +143,17 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
                 topology=self.topology,
                 cost=self.cost,
             )
+        plan_seconds = time.perf_counter() - start
         self.progress.note_plan(plan.digest())
+        if self.compares_at_once:
+            self.progress.compare_plans(self.tp_ep_group)
         planned = Planned(
             **vars(routed),
             counts=counts,
             load_before=load_per_rank(counted.counts, self.num_replicas, self.ep_size),
             plan=plan,
             trainers=counted.trainers,
-            plan_seconds=time.perf_counter() - start,
+            plan_seconds=plan_seconds,
         )
         for listener in self.on_plan:
             listener(planned)

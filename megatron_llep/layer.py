@@ -208,7 +208,7 @@ class LLEPMoELayer(MoELayer):
         parts: tuple[int, ...] = (dispatcher.num_native,)
         if loan is not None:
             loan.continue_fetch()
-            parts = self.lendable.parts(placed.plan.max_foreign)
+            parts += (placed.plan.max_foreign,)
         rows = dispatcher.sort_by_slot(placed, hidden_states, probs, parts)
         per_slot = placed.exchange.rows_per_slot
         with step("experts"):

@@ -85,10 +85,6 @@ class LendableExperts(ABC):
     def weights(self) -> list[Weights]:
         """M tuples of parameters, alike in order, shapes and dtype."""
 
-    def parts(self, num_foreign_slots: int) -> tuple[int, int]:
-        """How many slots each tensor of rows covers that `compute` wants: M, then S."""
-        return (self.num_native, num_foreign_slots)
-
     def compute(
         self, rows: Sequence[Rows], tokens_per_slot: torch.Tensor, borrow: Borrow
     ) -> list[torch.Tensor]:

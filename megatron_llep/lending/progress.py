@@ -1,9 +1,11 @@
 """Where this rank is, for errors, and what it planned last, which the ranks compare."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 
 class Progress:
@@ -40,12 +42,27 @@ class Progress:
         """Note what was planned here: it goes out with the next counts."""
         self.last_plan, self._planned_in = digest, self._place
 
-    def check_plans(self, last_plans: np.ndarray, ranks: Sequence[int]) -> None:
-        """Check that all ranks made the same plan before this count.
+    def compare_plans(self, group: dist.ProcessGroup) -> None:
+        """Check at once that all ranks of the group made the same plan; on the host, over gloo.
+
+        Raises:
+            RuntimeError: as `check_plans`.
+        """
+        # The largest complement belongs to the smallest digest.
+        extremes = torch.tensor([self.last_plan, ~self.last_plan])
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+        most, least = extremes[0], ~extremes[1]
+        if most != least:
+            made = extremes.new_empty(dist.get_world_size(group))
+            dist.all_gather_into_tensor(made, extremes.new_tensor([self.last_plan]), group=group)
+            self.check_plans(made.numpy(), group)
+
+    def check_plans(self, last_plans: np.ndarray, group: dist.ProcessGroup) -> None:
+        """Check that all ranks made the same plan.
 
         Args:
             last_plans: int64 [R], the digests they sent.
-            ranks: their global ranks.
+            group: these sources.
 
         Raises:
             RuntimeError: on all ranks alike; names the plans, who made which, and where.
@@ -53,6 +70,7 @@ class Progress:
         digests = last_plans.tolist()
         if min(digests) == max(digests):
             return
+        ranks = dist.get_process_group_ranks(group)
         made = "; ".join(
             f"ranks {[rank for rank, each in zip(ranks, digests, strict=True) if each == digest]}: "
             f"plan {digest & (2**64 - 1):016x}"

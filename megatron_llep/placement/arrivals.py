@@ -26,7 +26,7 @@ def split_by_slot(
         [n, ...] of each part; of no rows, but on the way of the gradients, if it has no slots.
     """
     num_sources, num_slots = counts.shape
-    if tuple(parts) == (1,):
+    if tuple(parts) == (1,):  # sorted already; as in Megatron, nothing is copied
         return [rows]
     chunks = rows.split(counts.ravel().tolist())
     found, first = [], 0

@@ -28,10 +28,11 @@ TOKENS = "EXPERT_MODEL_PARALLEL_GROUP"
 LENDING = "LLEP_LENDING"
 
 # Where rank 1 fails: ahead of which call on which group, counted from 1, and what rank 0 must say.
-# A micro-batch makes one call for counts in each layer's forward, three for tokens in forward and
-# three in backward, and one to lend and one to return. Conversion makes one in the lending group.
+# In a micro-batch each layer makes one call for counts in forward and one to compare plans, three
+# for tokens in forward and three in backward, and one to lend and one to return. Conversion makes
+# one in the lending group.
 PLACES = {
-    "count": (COUNTS, 6, "forward of layer 2, micro-batch 3 "),
+    "count": (COUNTS, 2 * 5 + 1, "forward of layer 2, micro-batch 3 "),
     "lend": (LENDING, 1 + 9, "forward of layer 1, micro-batch 3 "),
     "dispatch": (TOKENS, 24 + 4, "forward of layer 2, micro-batch 3 "),
     "combine backward": (TOKENS, 24 + 7, "backward of layer 2, micro-batch 3 "),

@@ -4,26 +4,11 @@ from dataclasses import replace
 
 import torch
 
+from chaos.test_late_returns import GATHER
 from megatron_llep.layer import LLEPMoELayer
-from support.layout import Layout
 from support.llep import EAGER, assert_same_run, train_with_llep
 from support.ranks import run_ranks
-from support.routing import Routing
-from support.training import Chunks, Run, train
-
-GATHER = Run(
-    layout=Layout(ep=2, dp=4),
-    routing=Routing("hot"),
-    steps=3,
-    micro_batches=8,
-    ddp={
-        "use_distributed_optimizer": True,
-        "overlap_grad_reduce": True,
-        "overlap_param_gather": True,
-    },
-    # The distributed optimizer takes Adam alone; a large epsilon keeps the gradient's scale.
-    optimizer={"optimizer": "adam", "adam_eps": 1.0, "lr": 0.5},
-)
+from support.training import Chunks, train
 
 
 def test_a_hook_that_reads_its_input():

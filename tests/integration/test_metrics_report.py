@@ -6,24 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_llep.metrics import METRICS, PREFIX, install_tracker, record_exchange, record_plan
 from megatron_llep.planner import make_plan
 from support.layout import Layout, use_layout
+from support.metrics import Scalars, report
 from support.ranks import run_ranks
 
 MIB = 2**20
 CONFIG: Any = SimpleNamespace(num_layers=6)
 COUNTS = np.array([[30, 10], [10, 10]])
 """40 tokens for the expert of rank 0, 20 for that of rank 1."""
-
-
-class Scalars(dict):
-    """What a TensorBoard writer is given."""
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self[name] = value
 
 
 def record(rank: int, layer_number: int, *, is_mtp_layer: bool = False) -> None:
@@ -41,19 +34,6 @@ def record(rank: int, layer_number: int, *, is_mtp_layer: bool = False) -> None:
             **where,
         )
         record_exchange(micro_batch * (rank + 1) * MIB, MIB // 2, group=group, **where)
-
-
-def report(**kwargs: Any) -> tuple[str, Scalars]:
-    scalars = Scalars()
-    line = get_moe_metrics_tracker().report(
-        loss_scale=1.0,
-        iteration=1,
-        writer=scalars,
-        per_layer_logging=True,
-        track_names=[],
-        **kwargs,
-    )
-    return line, scalars
 
 
 def read(scalars: Scalars, name: str) -> dict[int, float]:

@@ -7,6 +7,7 @@ import torch
 from megatron_llep import dispatcher
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.planner import Plan, make_plan, plan_from_quota
+from megatron_llep.planner.plan import native_quota
 from support.layout import Layout, use_layout
 from support.llep import EAGER
 from support.ranks import run_ranks
@@ -22,8 +23,17 @@ def lend_another(plan: Plan) -> Plan:
     return plan_from_quota(quota)
 
 
-def test_ranks_that_planned_differently_are_named():
-    """Sizes of all exchanges are the same, so nothing else would have seen it."""
+def lend_nothing(plan: Plan) -> Plan:
+    return plan_from_quota(native_quota(plan.quota.sum(axis=1), plan.num_ranks))
+
+
+@pytest.mark.parametrize(
+    ("plan_otherwise", "at_once"),
+    [(lend_another, False), (lend_another, True), (lend_nothing, True)],
+    ids=["with the next counts", "at once", "exchanges of other sizes"],
+)
+def test_ranks_that_planned_differently_are_named(plan_otherwise, at_once):
+    """Nothing else sees it where all sizes are the same; where they are not, ranks would wait."""
 
     def work(rank, size):
         run = Run(layout=Layout(ep=2), routing=Routing("natural"))
@@ -38,12 +48,14 @@ def test_ranks_that_planned_differently_are_named():
             if rank == 1:
                 plan_as_ever = dispatcher.plan_over_replicas
 
-                def plan_otherwise(counts, **options):
+                def plan_alone(counts, **options):
                     plan, counts = plan_as_ever(counts, **options)
-                    return lend_another(plan), counts
+                    return plan_otherwise(plan), counts
 
-                monkeypatch.setattr(dispatcher, "plan_over_replicas", plan_otherwise)
-            for layer in layers[:2]:
+                monkeypatch.setattr(dispatcher, "plan_over_replicas", plan_alone)
+            for number, layer in enumerate(layers[:2]):
+                layer.token_dispatcher.compares_at_once &= at_once
+                assert number == 0 or not at_once, "seen in the first layer"
                 probs = routing_map.float() / count
                 rows, probs = layer.preprocess(hidden, probs, routing_map)
                 layer.combine(layer.routed_experts_compute(*layer.dispatch(rows, probs))[0])

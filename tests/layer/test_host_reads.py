@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.placement.forward import Planned
+from megatron_llep.placement.forward import Planned, Routed, read
 from support.host_reads import HostReads, run_backward
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
@@ -87,7 +87,9 @@ def test_counts_of_another_map_are_not_used():
             layer.preprocess(hidden[1], probs, routing_map)
             assert planned[-1].counts[rank].tolist() == routing_map.sum(0).tolist()
             probs, routing_map = layer.route(hidden[0])
+            listed = read(Routed, routing_map).pairs
             layer.preprocess(hidden[0], probs, routing_map)
+            assert planned[-1].pairs is listed
             assert planned[-1].counts[rank].tolist() == routing_map.sum(0).tolist()
 
     run_ranks(work, 2)

@@ -12,7 +12,6 @@ from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_layer_counts
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -27,6 +26,7 @@ from megatron_llep.metrics import METRICS, PREFIX
 from support import training
 from support.layout import Layout
 from support.llep import EAGER, assert_same_run
+from support.metrics import Scalars, report
 from support.ranks import run_ranks
 from support.routing import Routing
 from support.training import VOCABULARY, Chunks, Run, train
@@ -74,30 +74,16 @@ def build_hybrid(
     return [model]
 
 
-class Scalars(dict):
-    """What a TensorBoard writer is given."""
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self[name] = value
-
-
-def report() -> tuple[str, Scalars]:
+def report_hybrid() -> tuple[str, Scalars]:
     """As Megatron's training log does for a hybrid model: it tells the number of MoE layers."""
-    scalars = Scalars()
-    line = get_moe_metrics_tracker().report(
-        loss_scale=1.0,
-        iteration=1,
-        writer=scalars,
-        per_layer_logging=True,
+    return report(
         force_initialize=True,
-        track_names=[],
         num_layers=get_hybrid_layer_counts(PATTERN)["E"],
         moe_layer_freq=1,
         mtp_num_layers=None,
         pg_collection=None,
         total_loss_dict={},
     )
-    return line, scalars
 
 
 def test_trains_and_logs():
@@ -108,7 +94,7 @@ def test_trains_and_logs():
             lending = train(
                 RUN,
                 transform_model=lambda chunks: convert_model(chunks, EAGER),
-                observe=lambda _: report(),
+                observe=lambda _: report_hybrid(),
             )
         assert_same_run(lending, plain)
         line, scalars = lending.observed
