@@ -12,8 +12,10 @@ from megatron.training.arguments import parse_args
 from script_runs import tiny_flags
 
 from megatron_llep.integration.arguments import add_llep_arguments
+from megatron_llep.lending.progress import Progress
 from megatron_llep.training.arguments import check_as_given, read_arguments
 from megatron_llep.training.data import check_pretraining
+from megatron_llep.training.model import build_model_config
 
 LLEP = "--moe-llep"
 DATA = ["--mock-data"]
@@ -181,7 +183,8 @@ def test_planning_is_taken_out_of_published_graphs(use_command_line):
         use_command_line(tiny_flags(*DATA, *graphs))
         check_as_given(parse_args(add_llep_arguments))
     try:
-        args, _ = read_arguments(lambda parser: parser, check_pretraining)
+        args, llep = read_arguments(lambda parser: parser, check_pretraining)
+        build_model_config(args, llep, Progress())
     finally:
         global_vars.unset_global_variables()
     assert [module.name for module in args.cuda_graph_modules] == ["attn", "moe_router"]
