@@ -19,7 +19,7 @@ def build_table(refused: Mapping[str, list[str]]) -> str:
         refused: by a recipe's name, the flags that LLEP refuses of it, if any.
     """
     from recipe_data import load_recipes
-    from shrink import name_given_up, shrink
+    from shrink import name_given_up, read_layout, shrink
 
     lines: list[str] = []
     for family, group in groupby(load_recipes().values(), key=lambda recipe: recipe.family):
@@ -31,17 +31,12 @@ def build_table(refused: Mapping[str, list[str]]) -> str:
         for recipe in group:
             flags = refused[recipe.name]
             starts = "yes" if not flags else "no: " + " ".join(f"`{flag}`" for flag in flags)
-            trained, given_up = "no: nobody to lend to", ""
-            if is_trained(flags):
-                trained = describe_layout(shrink(recipe.flags))
-                given_up = "; ".join(name_given_up(recipe.flags))
+            small = shrink(recipe.flags)
+            trained, given_up = describe_layout(small), "; ".join(name_given_up(recipe.flags))
+            if not flags and read_layout(small).ep == 1:
+                starts = "yes, as plain Megatron: one expert-parallel rank"
             lines += [_row(f"`{recipe.name}`", recipe.source, starts, trained, given_up)]
     return "\n".join(lines) + "\n"
-
-
-def is_trained(refused: list[str]) -> bool:
-    """Whether a recipe of which these flags are refused has experts that could be lent at all."""
-    return "--expert-model-parallel-size" not in refused
 
 
 def describe_layout(flags: Mapping[str, object]) -> str:
@@ -51,7 +46,7 @@ def describe_layout(flags: Mapping[str, object]) -> str:
     layout = read_layout(dict(flags))
     sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.vpp or 1, "CP": layout.cp}
     sizes |= {"EP": layout.ep, "ETP": layout.expert_tp, "DP": layout.data_parallel}
-    return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+    return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
 def read_doc() -> tuple[str, str]:

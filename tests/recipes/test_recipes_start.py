@@ -6,12 +6,6 @@ from recipe_table import build_table, read_doc
 from start_up import list_refused_flags, make_startable, start_up_checks
 
 RECIPES = load_recipes()
-ONE_EXPERT_RANK = {
-    "gpt3_mcore_te_tp1_pp1_te_4experts_groupedGEMM_op_fuser",
-    "gpt3_mcore_tp2_pp2_resume_torch_dist_te_2experts",
-}
-
-
 @pytest.fixture(scope="module")
 def refused() -> dict[str, list[str]]:
     return {name: list_refused_flags(recipe.flags) for name, recipe in RECIPES.items()}
@@ -20,11 +14,6 @@ def refused() -> dict[str, list[str]]:
 def test_the_table_says_what_starts(refused):
     _, table = read_doc()
     assert table == build_table(refused), "run tests/recipes/recipe_table.py"
-
-
-def test_only_recipes_without_expert_parallelism_are_beyond_llep(refused):
-    hopeless = {name for name, flags in refused.items() if "--expert-model-parallel-size" in flags}
-    assert hopeless == ONE_EXPERT_RANK
 
 
 def test_a_refusal_names_a_flag_of_the_recipe_and_what_to_do():

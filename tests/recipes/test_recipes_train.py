@@ -3,9 +3,8 @@
 import pytest
 from recipe_data import load_recipes
 from recipe_runs import make_run
-from recipe_table import is_trained
 from shrink import read_layout, shrink
-from start_up import list_refused_flags, make_startable
+from start_up import make_startable
 
 from megatron_llep.offline.launch.flags import Flags
 from support.layout import Layout
@@ -38,19 +37,16 @@ def test_all_recipes_of_a_family_train_to_the_same_losses(family):
 
 
 def train_all(names: list[str]) -> None:
-    """Train each recipe that can lend, shrunk, plain and with LLEP; those of a layout together.
+    """Train each recipe, shrunk, plain and with LLEP; those of a layout together.
 
     Recipes that differ only in what a small one goes without are trained once.
     """
     layouts: dict[Layout, dict[str, Flags]] = {}
     for name in names:
-        flags = RECIPES[name].flags
-        if is_trained(list_refused_flags(flags)):
-            small = shrink(make_startable(flags))
-            alike = layouts.setdefault(read_layout(small), {})
-            if small not in alike.values():
-                alike[name] = small
-    assert layouts
+        small = shrink(make_startable(RECIPES[name].flags))
+        alike = layouts.setdefault(read_layout(small), {})
+        if small not in alike.values():
+            alike[name] = small
     for recipes in layouts.values():
         cases = {
             name: Case(make_run(small), loss_tolerance=1e-5, gradient_tolerance=GRADIENT_TOLERANCE)
