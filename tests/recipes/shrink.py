@@ -27,6 +27,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "--no-weight-decay-cond-type",
     ),
     "Mamba layers, replaced by attention": ("--hybrid-layer-pattern", "--mamba-"),
+    "latent experts, whose projections need Transformer Engine": ("--moe-latent-size",),
     "FP8": ("--fp8-", "--first-last-layers-bf16", "--reuse-grad-buf-for-mxfp8-param-ag"),
     "padding for FP8": ("--moe-router-padding-for",),
     "fused expert kernels": (
@@ -95,7 +96,6 @@ _WIDTHS: Flags = {
     "--ffn-hidden-size": 64,
     "--moe-ffn-hidden-size": 32,
     "--moe-shared-expert-intermediate-size": 32,
-    "--moe-latent-size": 16,
     "--num-attention-heads": 8,
     "--kv-channels": 4,
     "--num-query-groups": 2,

@@ -6,6 +6,8 @@ from recipe_table import build_table, read_doc
 from start_up import list_refused_flags, make_startable, start_up_checks
 
 RECIPES = load_recipes()
+
+
 @pytest.fixture(scope="module")
 def refused() -> dict[str, list[str]]:
     return {name: list_refused_flags(recipe.flags) for name, recipe in RECIPES.items()}
