@@ -29,6 +29,7 @@ COMMAND_LINE = {
     "python -m megatron_llep plan --workload hot-80-4 --ranks 8 --experts 64": "experts lent",
     "python -m megatron_llep simulate --model gpt-oss-120b --workload hot-80-4 --ep 8": "optimum",
     "python -m megatron_llep calibrate --output machine.json": "prediction error",
+    "python -m megatron_llep check configs/deepseek-v3.yaml": "1 of 1 start",
     "python -m megatron_llep doctor": "megatron-core",
 }
 """A command, and a word of what it prints."""
