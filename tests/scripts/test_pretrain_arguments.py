@@ -188,3 +188,18 @@ def test_planning_is_taken_out_of_published_graphs(use_command_line):
     finally:
         global_vars.unset_global_variables()
     assert [module.name for module in args.cuda_graph_modules] == ["attn", "moe_router"]
+
+
+def test_graphs_of_planning_alone_are_not_captured(use_command_line):
+    """As Qwen3-235B is trained. Megatron's loop captures by its arguments, its layers by theirs."""
+    graphs = ["--cuda-graph-impl", "transformer_engine"]
+    graphs += ["--cuda-graph-modules", "moe_router", "moe_preprocess"]
+    recompute = ["--recompute-granularity", "selective", "--recompute-modules", "layernorm"]
+    use_command_line(tiny_flags(*DATA, *graphs, *recompute, "--no-rope-fusion"))
+    try:
+        args, llep = read_arguments(lambda parser: parser, check_pretraining)
+        config = build_model_config(args, llep, Progress()).transformer
+    finally:
+        global_vars.unset_global_variables()
+    for each in (args, config):
+        assert (each.cuda_graph_impl, each.cuda_graph_modules) == ("none", [])
