@@ -35,7 +35,6 @@ def test_the_supported_configuration_passes():
     [
         ({"num_moe_experts": None}, "--num-experts"),
         ({"num_moe_experts": 7}, "--num-experts 7"),
-        ({"moe_expert_capacity_factor": 1.25}, "--moe-expert-capacity-factor 1.25"),
         ({"moe_pad_expert_input_to_capacity": True}, "--moe-pad-expert-input-to-capacity"),
         ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, "--fp8-format hybrid"),
         (GROUPED_FP8 | {"fp8_recipe": "delayed"}, "--fp8-recipe delayed"),

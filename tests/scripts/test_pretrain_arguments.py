@@ -83,11 +83,6 @@ BAD = {
     ),
     "indivisible": (["--num-experts", "7"], "--num-experts 7", "must be a multiple"),
     "dense": (["--num-experts", "0"], "--moe-llep", "set --num-experts"),
-    "capacity": (
-        ["--moe-expert-capacity-factor", "1.0"],
-        "--moe-expert-capacity-factor 1.0",
-        "leave the flag out",
-    ),
     "padding": (
         ["--moe-pad-expert-input-to-capacity"],
         "--moe-pad-expert-input-to-capacity True",
@@ -142,9 +137,8 @@ def test_bad_settings_name_flag_value_and_remedy(case, use_command_line):
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("case", ["capacity", "padding"])
-def test_without_llep_megatron_decides(case, use_command_line):
-    use_command_line(tiny_flags(*DATA, *BAD[case][0], without=[LLEP]))
+def test_without_llep_megatron_decides(use_command_line):
+    use_command_line(tiny_flags(*DATA, *BAD["padding"][0], without=[LLEP]))
     check_as_given(parse_args(add_llep_arguments))
 
 

@@ -26,11 +26,6 @@ def _has_history(source: Any) -> bool:
     return bool(source.fp8) and source.fp8_recipe not in FP8_RECIPES
 
 
-def _drops_tokens(source: Any) -> bool:
-    factor = source.moe_expert_capacity_factor
-    return factor is not None and factor >= 0  # below, Megatron drops none
-
-
 def _holds_what_bf16_does_not(source: Any) -> bool:
     return bool(source.fp8_param) and source.fp8_recipe != "blockwise"
 
@@ -44,17 +39,10 @@ def _is_fp8_without_grouped_gemm(source: Any) -> bool:
 
 
 _CONFIGURATION = (
-    Setting(
-        verdict="refused",
-        flag="--moe-expert-capacity-factor",
-        name="moe_expert_capacity_factor",
-        is_set=_drops_tokens,
-        text="LLEP balances instead of dropping tokens: leave the flag out",
-    ),
     _refuse(
         "moe_pad_expert_input_to_capacity",
         "--moe-pad-expert-input-to-capacity",
-        "padded experts are equally loaded already: leave the flag out",
+        "padded experts are equally loaded, so there is nothing to lend: leave the flag out",
     ),
     Setting(
         verdict="refused",

@@ -191,6 +191,10 @@ _ROWS = (
         "routing is untouched",
     ),
     (
+        "`--moe-expert-capacity-factor`, `--moe-token-drop-policy`",
+        "Megatron's router drops tokens as ever, by its own rank's counts; what is left is lent",
+    ),
+    (
         "`--moe-router-force-load-balancing`, `--moe-router-force-biased`",
         "loads are as forced, and lent accordingly",
     ),
