@@ -4,8 +4,8 @@ Megatron captures parts of layers (`--cuda-graph-modules`) and runs the rest as 
 dense MLPs and Mamba layers hold nothing of LLEP. `moe_router` ends where Megatron's router has
 chosen: what LLEP does then runs on the replayed graph's outputs, so it may be captured too.
 `moe_preprocess` counts and lays out tokens for plain expert parallelism, which LLEP replaces; it is
-taken out. `moe` and whole layers hold the experts and are refused. Where nothing is left to capture,
-nothing is captured: an empty list would be that of whole layers.
+taken out. `moe` and whole layers hold the experts and are refused. Where nothing is left to
+capture, nothing is captured: an empty list would be that of whole layers.
 
 Megatron's own graphs (`--cuda-graph-impl local`) do not divide the router from what follows it.
 """

@@ -45,15 +45,9 @@ def test_the_supported_configuration_passes():
         ({"moe_single_grouped_bias": True}, "--moe-single-grouped-bias"),
         ({"expert_gtp_weight_remat_size": 2}, "--expert-tensor-parallel-num-weight-shards"),
         ({"fp4": "e2m1"}, "--fp4-format e2m1"),
-        (
-            {"overlap_dispatch_backward_with_experts_wgrad": True},
-            "--overlap-dispatch-backward-with-experts-wgrad",
-        ),
         ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-modules of whole layers"),
         ({"cpu_offloading": True}, "--cpu-offloading-num-layers"),
-        ({"moe_expert_rank_capacity_factor": 1.5}, "--moe-expert-rank-capacity-factor 1.5"),
-        ({"moe_paged_stash": True}, "--moe-paged-stash"),
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl inference_optimized"),
         (
             {"moe_pad_experts_for_cuda_graph_inference": True},
@@ -108,6 +102,20 @@ def test_a_subclass_of_the_moe_layer_is_not_converted():
             chunks = build_model(make_config(run), run)
             chunks[0].decoder.layers[0].mlp.__class__ = Special
             with pytest.raises(ValueError, match="cannot convert a Special"):
+                convert_model(chunks, EAGER)
+
+    run_ranks(work, 2)
+
+
+def test_what_built_layers_keep_is_not_replaced():
+    flag = "--overlap-dispatch-backward-with-experts-wgrad"
+
+    def work(rank, size):
+        run = Run(layout=Layout(ep=2))
+        with use_layout(run.layout):
+            chunks = build_model(make_config(run), run)
+            chunks[0].config.overlap_dispatch_backward_with_experts_wgrad = True
+            with pytest.raises(ValueError, match=f"{flag}: .* leave the flag out"):
                 convert_model(chunks, EAGER)
 
     run_ranks(work, 2)

@@ -65,6 +65,17 @@ def config_with(**changes) -> SimpleNamespace:
             "--use-transformer-engine-op-fuser",
             {"use_transformer_engine_op_fuser": True},
         ),
+        (
+            {"moe_expert_rank_capacity_factor": 1.5},
+            "--moe-expert-rank-capacity-factor 1.5",
+            {"moe_expert_rank_capacity_factor": None},
+        ),
+        ({"moe_paged_stash": True}, "--moe-paged-stash", {"moe_paged_stash": False}),
+        (
+            {"overlap_dispatch_backward_with_experts_wgrad": True},
+            "--overlap-dispatch-backward-with-experts-wgrad",
+            {"overlap_dispatch_backward_with_experts_wgrad": False},
+        ),
     ],
 )
 def test_one_line_each_and_the_configuration_says_what_runs(changes, flag, runs):

@@ -16,10 +16,12 @@ _SAVED = (
 )
 
 
-def _refuse(name: str, flag: str, text: str, *, unless: tuple = (None, False)) -> Setting:
+def _refuse(
+    name: str, flag: str, text: str, *, unless: tuple = (None, False), title: str = ""
+) -> Setting:
     """Refuse a field unless it has one of the given values."""
     is_set = has_value(name, unless=unless)
-    return Setting(verdict="refused", flag=flag, name=name, is_set=is_set, text=text)
+    return Setting(verdict="refused", flag=flag, title=title, name=name, is_set=is_set, text=text)
 
 
 def _has_history(source: Any) -> bool:
@@ -56,6 +58,7 @@ _CONFIGURATION = (
     Setting(
         verdict="refused",
         flag="--fp8-recipe",
+        title="`--fp8-format` with `--fp8-recipe delayed` (Megatron's default) or `custom`",
         name="fp8_recipe",
         is_set=_has_history,
         text="it may keep a history of every slot, and experts change slots: use --fp8-recipe "
@@ -96,21 +99,20 @@ _CONFIGURATION = (
         "--expert-tensor-parallel-num-weight-shards",
         "it shards the expert weights that LLEP lends: leave the flag out",
         unless=(None, 1),
-    ),
-    _refuse(
-        "overlap_dispatch_backward_with_experts_wgrad",
-        "--overlap-dispatch-backward-with-experts-wgrad",
-        "gradients of lent experts would leave before they are computed: leave the flag out",
+        title="`--expert-tensor-parallel-num-weight-shards` above `--expert-tensor-parallel-size`",
     ),
     _refuse(
         "cuda_graph_impl",
         "--cuda-graph-impl",
         "plans are made on the host, within an iteration: use --cuda-graph-impl transformer_engine",
         unless=("none", None, "local", "transformer_engine"),
+        title="`--cuda-graph-impl full_iteration`",
     ),
     Setting(
         verdict="refused",
         flag="--cuda-graph-modules",
+        title="`--cuda-graph-impl transformer_engine` or `local` without `--cuda-graph-modules`, "
+        "or with `moe` among them; `local` with `moe_router` or `moe_preprocess`",
         name="cuda_graph_modules",
         is_set=lambda source: bool(uncapturable(source)),
         value=uncapturable,
@@ -121,6 +123,7 @@ _CONFIGURATION = (
     Setting(
         verdict="refused",
         flag="--inference-cuda-graph-scope",
+        title="`--inference-cuda-graph-scope block`",
         name="inference_cuda_graph_scope",
         is_set=_graphs_whole_blocks,
         value=lambda source: "block",
@@ -132,6 +135,7 @@ _CONFIGURATION = (
         "its layers have token dispatchers of their own: use --transformer-impl "
         "transformer_engine or local",
         unless=("transformer_engine", "local"),
+        title="`--transformer-impl inference_optimized`",
     ),
     _refuse(
         "moe_pad_experts_for_cuda_graph_inference",
@@ -148,16 +152,6 @@ _CONFIGURATION = (
         "--cpu-offloading-num-layers",
         "it moves whatever a layer saves, lent weights too: leave the flag out, or use "
         "--fine-grained-activation-offloading",
-    ),
-    _refuse(
-        "moe_expert_rank_capacity_factor",
-        "--moe-expert-rank-capacity-factor",
-        "LLEP balances instead of dropping tokens: leave the flag out",
-    ),
-    _refuse(
-        "moe_paged_stash",
-        "--moe-paged-stash",
-        "it needs tokens to be dropped above a capacity: leave the flag out",
     ),
 )
 

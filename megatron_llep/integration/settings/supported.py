@@ -95,6 +95,13 @@ _ROWS = (
         "not on a GPU",
     ),
     (
+        "`--optimizer-cpu-offload`, `--optimizer-offload-fraction`, "
+        "`--overlap-cpu-optimizer-d2h-h2d`",
+        "gradients are copied to the host in the step, when those of lent experts are home, and "
+        "parameters back before the next forward lends them; tested on a CPU with a stand-in for "
+        "what tells GPU from host, not on a GPU",
+    ),
+    (
         "`--optimizer muon`, with `--use-distributed-optimizer` too, `--optimizer lion`",
         "tested with emerging-optimizers 0.3.0, which has to be installed",
     ),
@@ -149,8 +156,9 @@ _ROWS = (
         "`--cuda-graph-impl transformer_engine` with `--cuda-graph-modules attn`, `mlp`, "
         "`mamba`, `moe_router`",
         "`moe_preprocess` is taken out of the list, and with it `moe_router` if "
-        "`--recompute-modules layernorm` is on; tested with a stand-in for the graph on a CPU, "
-        "not on a GPU",
+        "`--recompute-modules layernorm` is on; where nothing else is in it, nothing is captured, "
+        "and the configuration says `--cuda-graph-impl none`; tested with a stand-in for the graph "
+        "on a CPU, not on a GPU",
     ),
     (
         "`--cuda-graph-impl local` with `--cuda-graph-modules attn`, `mlp`, `mamba`",
@@ -224,6 +232,12 @@ _ROWS = (
     (
         "`--mtp-use-repeated-layer`, `--mtp-detach-heads`",
         "each use of a layer is planned for itself",
+    ),
+    (
+        "hybrid models (`--hybrid-layer-pattern`)",
+        "`convert_model` and `with_llep` find their MoE layers; tested with Megatron's "
+        "`HybridModel` of attention and MoE layers, in pipeline stages; its Mamba layers need a "
+        "GPU, and hold nothing of LLEP",
     ),
     (
         "frozen experts, routers, layers",

@@ -34,6 +34,16 @@ def find_notices(source: Any) -> list[str]:
     ] + graphs.notices(source)
 
 
+def find_built_in(config: Any) -> Iterator[str]:
+    """What layers that are built by a configuration keep for good: flag and way out of each."""
+    for setting in REPLACED:
+        if setting.is_built_in and setting.is_set(config):
+            yield (
+                f"{setting.describe(config)}: the model was built with it, and keeps it; leave the "
+                "flag out"
+            )
+
+
 def replace_settings(config: Any) -> list[str]:
     """Make a model's configuration say what runs; Megatron reads it in every forward.
 
@@ -48,6 +58,15 @@ def replace_settings(config: Any) -> list[str]:
             setattr(config, name, value)
     graphs.keep_planning_out_of_graphs(config)
     return notices
+
+
+def replace_in_arguments(args: Namespace) -> None:
+    """Make Megatron's arguments say what runs, where its training loop reads them itself.
+
+    Others are left as given: they are stored in checkpoints.
+    """
+    args.moe_expert_rank_capacity_factor = None
+    graphs.keep_planning_out_of_graphs(args)
 
 
 def read_arguments_as_config(args: Namespace) -> Namespace:
