@@ -40,6 +40,10 @@ def _is_fp8_without_grouped_gemm(source: Any) -> bool:
     return bool(source.fp8) and not source.moe_grouped_gemm
 
 
+def _offloads_single_experts(source: Any) -> bool:
+    return bool(source.cpu_offloading) and not source.moe_grouped_gemm
+
+
 _CONFIGURATION = (
     _refuse(
         "moe_pad_expert_input_to_capacity",
@@ -147,11 +151,14 @@ _CONFIGURATION = (
         "--hybrid-context-parallel",
         "ranks that share tokens would run unlike numbers of forwards: leave the flag out",
     ),
-    _refuse(
-        "cpu_offloading",
-        "--cpu-offloading-num-layers",
-        "it moves whatever a layer saves, lent weights too: leave the flag out, or use "
-        "--fine-grained-activation-offloading",
+    Setting(
+        verdict="refused",
+        flag="--cpu-offloading-num-layers",
+        title="`--cpu-offloading-num-layers` without `--moe-grouped-gemm`",
+        name="cpu_offloading",
+        is_set=_offloads_single_experts,
+        text="it moves whatever a layer saves, lent weights too: use --moe-grouped-gemm, whose "
+        "linears keep their weights where they are, or leave the flag out",
     ),
 )
 

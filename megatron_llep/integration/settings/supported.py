@@ -171,6 +171,11 @@ _ROWS = (
         "save stays on the GPU; tested with a stand-in for the copies on a CPU, not on a GPU",
     ),
     (
+        "`--cpu-offloading-num-layers N --moe-grouped-gemm`",
+        "what natives and foreign experts save is offloaded; lent weights stay on the GPU; tested "
+        "with Transformer Engine 2.20's Python code on a CPU, not on a GPU",
+    ),
+    (
         "`--gradient-accumulation-fusion`",
         "the GEMM adds foreign weight gradients to the buffers in which they go home",
     ),
