@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.enums import Fp4Recipe
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -40,7 +41,7 @@ def test_the_supported_configuration_passes():
         (GROUPED_FP8 | {"fp8_recipe": "delayed"}, "--fp8-recipe delayed"),
         (GROUPED_FP8 | {"fp8_recipe": "custom"}, "--fp8-recipe custom"),
         ({"fp8_param": True}, "--fp8-param-gather"),
-        ({"quant_recipe": "any"}, "--te-precision-config-file"),
+        ({"use_kitchen": True}, "--kitchen-config-file"),
         ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
         ({"moe_single_grouped_bias": True}, "--moe-single-grouped-bias"),
         ({"expert_gtp_weight_remat_size": 2}, "--expert-tensor-parallel-num-weight-shards"),
@@ -81,6 +82,34 @@ def test_fp8_needs_experts_that_quantise():
     experts.num_local_experts, experts.local_experts = 1, [torch.nn.Linear(1, 1)]
     with pytest.raises(ValueError, match=r"--fp8-format hybrid: .* SequentialMLP; use"):
         check_layer(SimpleNamespace(config=config, experts=experts), EAGER)
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluation", "refused"),
+    [
+        ({}, None, ""),  # bf16
+        ({"fp8": "blockwise"}, None, "blockwise for experts.local_experts.0"),
+        ({}, {"fp4": Fp4Recipe.nvfp4}, "nvfp4 for experts.local_experts.0"),
+    ],
+)
+def test_a_file_that_quantises_single_experts(training, evaluation, refused):
+    def choose(fp8=None, fp4=None):
+        return SimpleNamespace(fp8_quantization_recipe=fp8, fp4_quantization_recipe=fp4)
+
+    expert = torch.nn.Linear(1, 1)
+    expert.te_quant_params = SimpleNamespace(
+        training_recipe=choose(**training),
+        evaluation_recipe=None if evaluation is None else choose(**evaluation),
+    )
+    experts = SequentialMLP.__new__(SequentialMLP)
+    torch.nn.Module.__init__(experts)
+    experts.num_local_experts, experts.local_experts = 1, torch.nn.ModuleList([expert])
+    layer = SimpleNamespace(config=SUPPORTED, experts=experts)
+    if not refused:
+        check_layer(layer, EAGER)
+        return
+    with pytest.raises(ValueError, match=f"--te-precision-config-file: it chooses {refused}"):
+        check_layer(layer, EAGER)
 
 
 def test_grouped_experts_that_are_not_transformer_engines():

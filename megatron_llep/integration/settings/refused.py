@@ -83,12 +83,6 @@ _CONFIGURATION = (
         "lent experts are not quantised to it: use FP8, bf16, fp16, fp32",
     ),
     _refuse(
-        "quant_recipe",
-        "--te-precision-config-file",
-        "its file may choose for experts what --fp8-recipe is refused for: leave the flag out, and "
-        "choose one recipe with --fp8-format and --fp8-recipe",
-    ),
-    _refuse(
         "moe_single_grouped_weight",
         "--moe-single-grouped-weight",
         "one tensor of all experts cannot take in foreign ones: leave the flag out",

@@ -186,6 +186,11 @@ _ROWS = (
         "run, see `docs/gpu.md`",
     ),
     (
+        "`--te-precision-config-file`",
+        "for modules other than experts; for experts it may choose bf16, and of recipes those that "
+        "`--fp8-recipe` may be; no FP8 kernel has run",
+    ),
+    (
         "`--recompute-modules moe_act`",
         "needs Transformer Engine's experts",
     ),

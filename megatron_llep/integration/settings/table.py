@@ -81,7 +81,6 @@ def read_arguments_as_config(args: Namespace) -> Namespace:
         "cuda_graph_modules": args.cuda_graph_modules or args.cuda_graph_scope_deprecated,
         "cpu_offloading": args.cpu_offloading_num_layers > 0,
         "fp8_param": args.fp8_param_gather,
-        "quant_recipe": args.te_precision_config_file,
         "expert_gtp_weight_remat_size": shards // expert_tp,
     }
     return Namespace(**(vars(args) | renamed))
