@@ -29,13 +29,11 @@ _ROWS = (
     ),
     (
         "`--moe-use-upcycling`",
-        "needs a dense checkpoint to start from; parameters have Megatron's names and places, so "
-        "they are filled as ever",
+        "needs a dense checkpoint to start from",
     ),
     (
         "`--inprocess-restart`",
-        "needs NVIDIA's resiliency extension; it makes all process groups again, those for lending "
-        "too",
+        "needs NVIDIA's resiliency extension",
     ),
 )
 
