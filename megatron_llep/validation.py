@@ -12,8 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_llep.config import LLEPConfig, flag_of
 from megatron_llep.experts.grouped_mm import check_convertible
 from megatron_llep.experts.kinds import make_lendable
+from megatron_llep.experts.precision import find_chosen_recipes
 from megatron_llep.experts.quantised import check_restorable
 from megatron_llep.experts.unchanged import check_not_sharded
+from megatron_llep.integration.settings.refused import FP8_RECIPES
 from megatron_llep.integration.settings.table import find_refusals
 from megatron_llep.planner.cost.presets import get_cost_model
 
@@ -52,6 +54,11 @@ def find_all_refusals(config: TransformerConfig, llep: LLEPConfig) -> Iterator[s
             f"experts (--num-experts {num_experts} / --expert-model-parallel-size {ep_size}) and "
             "may borrow at most as many"
         )
+    if getattr(config, "use_kitchen", False):  # arguments do not have it
+        yield (
+            "--kitchen-config-file: lent experts are not quantised by Kitchen; leave the flag out, "
+            "and --kitchen-recipe-number"
+        )
     yield from find_refusals(config)
 
 
@@ -72,6 +79,13 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
             f"{type(layer.experts).__name__}; use --moe-grouped-gemm with Transformer Engine, or "
             "train in bf16, fp16 or fp32"
         )
+    for name, recipe in find_chosen_recipes(layer.experts):
+        if recipe not in FP8_RECIPES or not experts.runs_in_fp8:
+            raise ValueError(
+                f"--te-precision-config-file: it chooses {recipe} for experts.{name}; not "
+                f"supported with --moe-llep for {type(layer.experts).__name__}: leave the experts "
+                f"out of its matchers, or use --moe-grouped-gemm and {' or '.join(FP8_RECIPES)}"
+            )
     check_restorable(layer.experts)
     dtypes = {weight.dtype for weight in layer.experts.parameters()}
     if len(dtypes) > 1:

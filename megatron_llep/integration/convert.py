@@ -21,7 +21,7 @@ from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.model_groups import find_groups
 from megatron_llep.integration.replace_layers import replace_moe_layers
 from megatron_llep.integration.settings.notices import NOBODY_TO_LEND_TO, Notices
-from megatron_llep.integration.settings.table import replace_settings
+from megatron_llep.integration.settings.table import find_built_in, replace_settings
 from megatron_llep.layer import LLEPMoELayer
 from megatron_llep.lending.groups import gather_objects
 from megatron_llep.lending.progress import Progress
@@ -172,6 +172,8 @@ def _check_convertible(layer: MoELayer, config: LLEPConfig) -> None:
             f"--moe-llep: cannot convert a {type(layer).__name__}; "
             "only megatron.core's MoELayer itself is supported"
         )
+    for refusal in find_built_in(layer.config):
+        raise ValueError(refusal)
     check_layer(layer, config)
 
 

@@ -4,7 +4,8 @@ Megatron captures parts of layers (`--cuda-graph-modules`) and runs the rest as 
 dense MLPs and Mamba layers hold nothing of LLEP. `moe_router` ends where Megatron's router has
 chosen: what LLEP does then runs on the replayed graph's outputs, so it may be captured too.
 `moe_preprocess` counts and lays out tokens for plain expert parallelism, which LLEP replaces; it is
-taken out. `moe` and whole layers hold the experts and are refused.
+taken out. `moe` and whole layers hold the experts and are refused. Where nothing is left to
+capture, nothing is captured: an empty list would be that of whole layers.
 
 Megatron's own graphs (`--cuda-graph-impl local`) do not divide the router from what follows it.
 """
@@ -37,21 +38,26 @@ def uncapturable(config: Any) -> str:
     """What of `--cuda-graph-modules` cannot be captured with LLEP, in words; empty if all can."""
     if config.cuda_graph_impl not in ("local", "transformer_engine"):
         return ""
-    kept = kept_in_graphs(config)
-    if not kept:
-        return " ".join(module.name for module in _modules(config)) or "of whole layers"
+    if not _modules(config):
+        return "of whole layers"
     allowed = {CudaGraphModule.attn, CudaGraphModule.mlp, CudaGraphModule.mamba}
     if config.cuda_graph_impl == "transformer_engine":
         allowed.add(CudaGraphModule.moe_router)
+    kept = kept_in_graphs(config)
     return " ".join(module.name for module in kept if module not in allowed)
 
 
 def keep_planning_out_of_graphs(config: Any) -> None:
     """Take out of `config.cuda_graph_modules` what LLEP must do outside of graphs, in place.
 
-    In place, as Megatron's layers may hold copies of the configuration which share the list.
+    In place, as Megatron's layers may hold copies of the configuration which share the list. Where
+    nothing is left, `config.cuda_graph_impl` becomes "none". A training loop that reads a field of
+    its own has to be told: Megatron's reads its arguments.
     """
-    if config.cuda_graph_impl == "transformer_engine":
+    if _is_left_without_graphs(config):
+        # A list of its own: to a copy that shared an emptied one it would mean whole layers.
+        config.cuda_graph_impl, config.cuda_graph_modules = "none", []
+    elif config.cuda_graph_impl == "transformer_engine":
         config.cuda_graph_modules[:] = kept_in_graphs(config)
 
 
@@ -61,10 +67,18 @@ def notices(config: Any) -> list[str]:
     taken_out = [module.name for module in _modules(config) if module not in kept]
     if not taken_out:
         return []
-    return [
+    line = (
         f"--cuda-graph-modules: {' and '.join(taken_out)} taken out, as LLEP plans on the host "
         "between router and dispatch"
-    ]
+    )
+    if _is_left_without_graphs(config):
+        line += "; nothing else was to be captured, so no graphs are (--cuda-graph-impl none)"
+    return [line]
+
+
+def _is_left_without_graphs(config: Any) -> bool:
+    """Whether what is taken out is all that there was."""
+    return bool(_modules(config)) and not kept_in_graphs(config)
 
 
 def _modules(config: Any) -> list[CudaGraphModule]:

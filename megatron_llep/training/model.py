@@ -9,10 +9,9 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.integration.graphs import keep_planning_out_of_graphs
 from megatron_llep.integration.local_spec import build_local_block_spec
 from megatron_llep.integration.settings.notices import Notices
-from megatron_llep.integration.settings.table import replace_settings
+from megatron_llep.integration.settings.table import replace_in_arguments, replace_settings
 from megatron_llep.lending.progress import Progress
 
 
@@ -28,7 +27,7 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
     if llep.enabled and args.expert_model_parallel_size > 1:
         # Before Megatron builds a dispatcher to no purpose, whose package may not be there.
         notices.add(replace_settings(config.transformer))
-        keep_planning_out_of_graphs(args)
+        replace_in_arguments(args)
     config.pre_wrap_hooks.append(
         partial(convert_model, config=llep, progress=progress, notices=notices)
     )

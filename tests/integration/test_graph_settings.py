@@ -66,16 +66,34 @@ def test_what_is_captured(config, kept, told):
         (graphed(LOCAL), "of whole layers"),
         (graphed(TE, "attn", "moe"), "moe"),
         (graphed(LOCAL, "attn", "moe_router", "moe_preprocess"), "moe_router moe_preprocess"),
-        # Nothing would be left, and an empty list is that of whole layers.
-        (
-            graphed(TE, "moe_router", "moe_preprocess", recompute=("layernorm",)),
-            "moe_router moe_preprocess",
-        ),
+        (graphed(TE, "moe", "moe_preprocess"), "moe"),
     ],
 )
 def test_what_would_hold_the_experts_is_named(config, refused):
     with pytest.raises(ValueError, match=f"--cuda-graph-modules {refused}: not supported"):
         check_config(config, EAGER)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        graphed(TE, "moe_preprocess"),
+        graphed(TE, "moe_router", "moe_preprocess", recompute=("layernorm",)),
+    ],
+)
+def test_nothing_is_captured_where_nothing_is_left(config):
+    """An empty list would be that of whole layers, also to a copy that shares it."""
+    copied = SimpleNamespace(**vars(config))
+    check_config(config, EAGER)
+    (line,) = notices(config)
+    assert "moe_preprocess taken out" in line
+    assert "--cuda-graph-impl none" in line
+    for each in (config, copied):
+        keep_planning_out_of_graphs(each)
+        assert each.cuda_graph_impl == "none"
+        assert each.cuda_graph_modules == []
+        check_config(each, EAGER)
+        assert notices(each) == []
 
 
 def test_graphs_of_whole_blocks_in_inference():

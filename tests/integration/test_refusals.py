@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.enums import Fp4Recipe
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -35,26 +36,19 @@ def test_the_supported_configuration_passes():
     [
         ({"num_moe_experts": None}, "--num-experts"),
         ({"num_moe_experts": 7}, "--num-experts 7"),
-        ({"moe_expert_capacity_factor": 1.25}, "--moe-expert-capacity-factor 1.25"),
         ({"moe_pad_expert_input_to_capacity": True}, "--moe-pad-expert-input-to-capacity"),
         ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, "--fp8-format hybrid"),
         (GROUPED_FP8 | {"fp8_recipe": "delayed"}, "--fp8-recipe delayed"),
         (GROUPED_FP8 | {"fp8_recipe": "custom"}, "--fp8-recipe custom"),
         ({"fp8_param": True}, "--fp8-param-gather"),
-        ({"quant_recipe": "any"}, "--te-precision-config-file"),
+        ({"use_kitchen": True}, "--kitchen-config-file"),
         ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
         ({"moe_single_grouped_bias": True}, "--moe-single-grouped-bias"),
         ({"expert_gtp_weight_remat_size": 2}, "--expert-tensor-parallel-num-weight-shards"),
         ({"fp4": "e2m1"}, "--fp4-format e2m1"),
-        (
-            {"overlap_dispatch_backward_with_experts_wgrad": True},
-            "--overlap-dispatch-backward-with-experts-wgrad",
-        ),
         ({"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-modules of whole layers"),
         ({"cpu_offloading": True}, "--cpu-offloading-num-layers"),
-        ({"moe_expert_rank_capacity_factor": 1.5}, "--moe-expert-rank-capacity-factor 1.5"),
-        ({"moe_paged_stash": True}, "--moe-paged-stash"),
         ({"transformer_impl": "inference_optimized"}, "--transformer-impl inference_optimized"),
         (
             {"moe_pad_experts_for_cuda_graph_inference": True},
@@ -90,6 +84,34 @@ def test_fp8_needs_experts_that_quantise():
         check_layer(SimpleNamespace(config=config, experts=experts), EAGER)
 
 
+@pytest.mark.parametrize(
+    ("training", "evaluation", "refused"),
+    [
+        ({}, None, ""),  # bf16
+        ({"fp8": "blockwise"}, None, "blockwise for experts.local_experts.0"),
+        ({}, {"fp4": Fp4Recipe.nvfp4}, "nvfp4 for experts.local_experts.0"),
+    ],
+)
+def test_a_file_that_quantises_single_experts(training, evaluation, refused):
+    def choose(fp8=None, fp4=None):
+        return SimpleNamespace(fp8_quantization_recipe=fp8, fp4_quantization_recipe=fp4)
+
+    expert = torch.nn.Linear(1, 1)
+    expert.te_quant_params = SimpleNamespace(
+        training_recipe=choose(**training),
+        evaluation_recipe=None if evaluation is None else choose(**evaluation),
+    )
+    experts = SequentialMLP.__new__(SequentialMLP)
+    torch.nn.Module.__init__(experts)
+    experts.num_local_experts, experts.local_experts = 1, torch.nn.ModuleList([expert])
+    layer = SimpleNamespace(config=SUPPORTED, experts=experts)
+    if not refused:
+        check_layer(layer, EAGER)
+        return
+    with pytest.raises(ValueError, match=f"--te-precision-config-file: it chooses {refused}"):
+        check_layer(layer, EAGER)
+
+
 def test_grouped_experts_that_are_not_transformer_engines():
     experts = TEGroupedMLP.__new__(TEGroupedMLP)
     torch.nn.Module.__init__(experts)
@@ -109,6 +131,20 @@ def test_a_subclass_of_the_moe_layer_is_not_converted():
             chunks = build_model(make_config(run), run)
             chunks[0].decoder.layers[0].mlp.__class__ = Special
             with pytest.raises(ValueError, match="cannot convert a Special"):
+                convert_model(chunks, EAGER)
+
+    run_ranks(work, 2)
+
+
+def test_what_built_layers_keep_is_not_replaced():
+    flag = "--overlap-dispatch-backward-with-experts-wgrad"
+
+    def work(rank, size):
+        run = Run(layout=Layout(ep=2))
+        with use_layout(run.layout):
+            chunks = build_model(make_config(run), run)
+            chunks[0].config.overlap_dispatch_backward_with_experts_wgrad = True
+            with pytest.raises(ValueError, match=f"{flag}: .* leave the flag out"):
                 convert_model(chunks, EAGER)
 
     run_ranks(work, 2)

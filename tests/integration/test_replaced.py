@@ -18,6 +18,7 @@ from megatron_llep.integration.settings.table import (
     SETTINGS,
     find_notices,
     find_refusals,
+    replace_in_arguments,
     replace_settings,
 )
 from support.layout import Layout, use_layout
@@ -65,6 +66,17 @@ def config_with(**changes) -> SimpleNamespace:
             "--use-transformer-engine-op-fuser",
             {"use_transformer_engine_op_fuser": True},
         ),
+        (
+            {"moe_expert_rank_capacity_factor": 1.5},
+            "--moe-expert-rank-capacity-factor 1.5",
+            {"moe_expert_rank_capacity_factor": None},
+        ),
+        ({"moe_paged_stash": True}, "--moe-paged-stash", {"moe_paged_stash": False}),
+        (
+            {"overlap_dispatch_backward_with_experts_wgrad": True},
+            "--overlap-dispatch-backward-with-experts-wgrad",
+            {"overlap_dispatch_backward_with_experts_wgrad": False},
+        ),
     ],
 )
 def test_one_line_each_and_the_configuration_says_what_runs(changes, flag, runs):
@@ -75,6 +87,18 @@ def test_one_line_each_and_the_configuration_says_what_runs(changes, flag, runs)
     assert {name: getattr(config, name) for name in runs} == runs
     # Else experts would take rows that nobody has padded for their FP8 kernels.
     assert not skip_routed_expert_padding(config)
+
+
+def test_arguments_say_what_megatrons_loop_reads_there():
+    args = argparse.Namespace(
+        cuda_graph_impl="none",
+        cuda_graph_modules=[],
+        moe_expert_rank_capacity_factor=1.5,
+        moe_token_dispatcher_type="flex",
+    )
+    replace_in_arguments(args)
+    assert args.moe_expert_rank_capacity_factor is None
+    assert args.moe_token_dispatcher_type == "flex"
 
 
 def test_flex_with_all_that_belongs_to_it():

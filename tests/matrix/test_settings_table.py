@@ -53,7 +53,15 @@ def natural(**config: Any) -> Case:
     return case(routing="natural", config=config)
 
 
+def capacity(factor: float, policy: str) -> dict[str, Any]:
+    """Every expert takes so many times its even share of a rank's tokens, and drops the rest."""
+    return {"moe_expert_capacity_factor": factor, "moe_token_drop_policy": policy}
+
+
 FAST = {
+    # Tokens with less than top-k experts, or with none: the hot expert drops half of its tokens.
+    "drop by probability": case(config=capacity(2.0, "probs") | SHARED),
+    "drop by position": case(GROUPED, config=capacity(2.0, "position"), ddp=OVERLAP),
     # Recompute of modules around the experts, alone and with them.
     "recompute shared_experts": case(config=SHARED | recompute("shared_experts")),
     "recompute shared_experts, moe": case(config=SHARED | recompute("shared_experts", "moe")),
@@ -96,6 +104,19 @@ def test_settings_with_replicas():
             "instances, replicas": case(EVERYWHERE, layout=INSTANCES, ddp=DISTRIBUTED, steps=3),
             "mlp_chunks_for_training": case(
                 layout=WITH_REPLICAS, routing="natural", config=chunks, ddp=GATHER, steps=3
+            ),
+        },
+        timeout=120,
+    )
+
+
+def test_dropped_tokens_in_parts_of_a_sequence():
+    layout = Layout(tp=2, ep=4, etp=1)
+    compare_all(
+        {
+            "by probability": case(layout=layout, config=capacity(1.0, "probs")),
+            "by position": case(
+                layout=layout, routing="natural", config=capacity(0.5, "position"), ddp=DISTRIBUTED
             ),
         },
         timeout=120,

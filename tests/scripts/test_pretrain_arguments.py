@@ -83,11 +83,6 @@ BAD = {
     ),
     "indivisible": (["--num-experts", "7"], "--num-experts 7", "must be a multiple"),
     "dense": (["--num-experts", "0"], "--moe-llep", "set --num-experts"),
-    "capacity": (
-        ["--moe-expert-capacity-factor", "1.0"],
-        "--moe-expert-capacity-factor 1.0",
-        "leave the flag out",
-    ),
     "padding": (
         ["--moe-pad-expert-input-to-capacity"],
         "--moe-pad-expert-input-to-capacity True",
@@ -142,9 +137,8 @@ def test_bad_settings_name_flag_value_and_remedy(case, use_command_line):
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("case", ["capacity", "padding"])
-def test_without_llep_megatron_decides(case, use_command_line):
-    use_command_line(tiny_flags(*DATA, *BAD[case][0], without=[LLEP]))
+def test_without_llep_megatron_decides(use_command_line):
+    use_command_line(tiny_flags(*DATA, *BAD["padding"][0], without=[LLEP]))
     check_as_given(parse_args(add_llep_arguments))
 
 
@@ -188,3 +182,18 @@ def test_planning_is_taken_out_of_published_graphs(use_command_line):
     finally:
         global_vars.unset_global_variables()
     assert [module.name for module in args.cuda_graph_modules] == ["attn", "moe_router"]
+
+
+def test_graphs_of_planning_alone_are_not_captured(use_command_line):
+    """As Qwen3-235B is trained. Megatron's loop captures by its arguments, its layers by theirs."""
+    graphs = ["--cuda-graph-impl", "transformer_engine"]
+    graphs += ["--cuda-graph-modules", "moe_router", "moe_preprocess"]
+    recompute = ["--recompute-granularity", "selective", "--recompute-modules", "layernorm"]
+    use_command_line(tiny_flags(*DATA, *graphs, *recompute, "--no-rope-fusion"))
+    try:
+        args, llep = read_arguments(lambda parser: parser, check_pretraining)
+        config = build_model_config(args, llep, Progress()).transformer
+    finally:
+        global_vars.unset_global_variables()
+    for each in (args, config):
+        assert (each.cuda_graph_impl, each.cuda_graph_modules) == ("none", [])

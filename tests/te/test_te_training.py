@@ -18,6 +18,7 @@ pytest.importorskip("transformer_engine.pytorch")
 from megatron.core import fp8_utils
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.extensions.transformer_engine import TEQuantizationParams, TEQuantizationRecipe
 from te_cpu_stand_in import make_fp8_recipe
 from te_experts import TE_CONFIG, use_te_experts
 
@@ -255,6 +256,12 @@ def test_delayed_weight_gradients_of_two_replicas():
 FIRST_LAYER_IN_BF16 = {"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 0}
 
 
+def choose_bf16(chunks: Chunks) -> None:
+    """For the experts of the first layer, as --te-precision-config-file may."""
+    for linear in chunks[0].decoder.layers[0].mlp.experts.children():
+        linear.te_quant_params = TEQuantizationParams(TEQuantizationRecipe(), None)
+
+
 def test_fp8(monkeypatch):
     """With scales that do not depend on which tokens share a slot, as close as without FP8."""
     monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda config: make_fp8_recipe(64.0))
@@ -268,6 +275,7 @@ def test_fp8(monkeypatch):
             "refetched": Case(te_run(config=FUSED | fp8 | recompute("moe_act")), REFETCH),
             "biases": Case(te_run(config=fp8 | {"add_bias_linear": True})),
             "first layer in bf16": Case(te_run(config=FUSED | fp8 | FIRST_LAYER_IN_BF16)),
+            "experts in bf16": Case(te_run(config=FUSED | fp8, prepare=choose_bf16)),
             # A step's first forward renews TE's cached weights: once with a loan, once without.
             "lends 0": Case(te_run(prepare=lend_only(0), **mixed)),
             "lends 1": Case(te_run(prepare=lend_only(1), **mixed)),

@@ -16,19 +16,16 @@ _SAVED = (
 )
 
 
-def _refuse(name: str, flag: str, text: str, *, unless: tuple = (None, False)) -> Setting:
+def _refuse(
+    name: str, flag: str, text: str, *, unless: tuple = (None, False), title: str = ""
+) -> Setting:
     """Refuse a field unless it has one of the given values."""
     is_set = has_value(name, unless=unless)
-    return Setting(verdict="refused", flag=flag, name=name, is_set=is_set, text=text)
+    return Setting(verdict="refused", flag=flag, title=title, name=name, is_set=is_set, text=text)
 
 
 def _has_history(source: Any) -> bool:
     return bool(source.fp8) and source.fp8_recipe not in FP8_RECIPES
-
-
-def _drops_tokens(source: Any) -> bool:
-    factor = source.moe_expert_capacity_factor
-    return factor is not None and factor >= 0  # below, Megatron drops none
 
 
 def _holds_what_bf16_does_not(source: Any) -> bool:
@@ -43,18 +40,15 @@ def _is_fp8_without_grouped_gemm(source: Any) -> bool:
     return bool(source.fp8) and not source.moe_grouped_gemm
 
 
+def _offloads_single_experts(source: Any) -> bool:
+    return bool(source.cpu_offloading) and not source.moe_grouped_gemm
+
+
 _CONFIGURATION = (
-    Setting(
-        verdict="refused",
-        flag="--moe-expert-capacity-factor",
-        name="moe_expert_capacity_factor",
-        is_set=_drops_tokens,
-        text="LLEP balances instead of dropping tokens: leave the flag out",
-    ),
     _refuse(
         "moe_pad_expert_input_to_capacity",
         "--moe-pad-expert-input-to-capacity",
-        "padded experts are equally loaded already: leave the flag out",
+        "padded experts are equally loaded, so there is nothing to lend: leave the flag out",
     ),
     Setting(
         verdict="refused",
@@ -68,6 +62,7 @@ _CONFIGURATION = (
     Setting(
         verdict="refused",
         flag="--fp8-recipe",
+        title="`--fp8-format` with `--fp8-recipe delayed` (Megatron's default) or `custom`",
         name="fp8_recipe",
         is_set=_has_history,
         text="it may keep a history of every slot, and experts change slots: use --fp8-recipe "
@@ -88,12 +83,6 @@ _CONFIGURATION = (
         "lent experts are not quantised to it: use FP8, bf16, fp16, fp32",
     ),
     _refuse(
-        "quant_recipe",
-        "--te-precision-config-file",
-        "its file may choose for experts what --fp8-recipe is refused for: leave the flag out, and "
-        "choose one recipe with --fp8-format and --fp8-recipe",
-    ),
-    _refuse(
         "moe_single_grouped_weight",
         "--moe-single-grouped-weight",
         "one tensor of all experts cannot take in foreign ones: leave the flag out",
@@ -108,21 +97,20 @@ _CONFIGURATION = (
         "--expert-tensor-parallel-num-weight-shards",
         "it shards the expert weights that LLEP lends: leave the flag out",
         unless=(None, 1),
-    ),
-    _refuse(
-        "overlap_dispatch_backward_with_experts_wgrad",
-        "--overlap-dispatch-backward-with-experts-wgrad",
-        "gradients of lent experts would leave before they are computed: leave the flag out",
+        title="`--expert-tensor-parallel-num-weight-shards` above `--expert-tensor-parallel-size`",
     ),
     _refuse(
         "cuda_graph_impl",
         "--cuda-graph-impl",
         "plans are made on the host, within an iteration: use --cuda-graph-impl transformer_engine",
         unless=("none", None, "local", "transformer_engine"),
+        title="`--cuda-graph-impl full_iteration`",
     ),
     Setting(
         verdict="refused",
         flag="--cuda-graph-modules",
+        title="`--cuda-graph-impl transformer_engine` or `local` without `--cuda-graph-modules`, "
+        "or with `moe` among them; `local` with `moe_router` or `moe_preprocess`",
         name="cuda_graph_modules",
         is_set=lambda source: bool(uncapturable(source)),
         value=uncapturable,
@@ -133,6 +121,7 @@ _CONFIGURATION = (
     Setting(
         verdict="refused",
         flag="--inference-cuda-graph-scope",
+        title="`--inference-cuda-graph-scope block`",
         name="inference_cuda_graph_scope",
         is_set=_graphs_whole_blocks,
         value=lambda source: "block",
@@ -144,6 +133,7 @@ _CONFIGURATION = (
         "its layers have token dispatchers of their own: use --transformer-impl "
         "transformer_engine or local",
         unless=("transformer_engine", "local"),
+        title="`--transformer-impl inference_optimized`",
     ),
     _refuse(
         "moe_pad_experts_for_cuda_graph_inference",
@@ -155,21 +145,14 @@ _CONFIGURATION = (
         "--hybrid-context-parallel",
         "ranks that share tokens would run unlike numbers of forwards: leave the flag out",
     ),
-    _refuse(
-        "cpu_offloading",
-        "--cpu-offloading-num-layers",
-        "it moves whatever a layer saves, lent weights too: leave the flag out, or use "
-        "--fine-grained-activation-offloading",
-    ),
-    _refuse(
-        "moe_expert_rank_capacity_factor",
-        "--moe-expert-rank-capacity-factor",
-        "LLEP balances instead of dropping tokens: leave the flag out",
-    ),
-    _refuse(
-        "moe_paged_stash",
-        "--moe-paged-stash",
-        "it needs tokens to be dropped above a capacity: leave the flag out",
+    Setting(
+        verdict="refused",
+        flag="--cpu-offloading-num-layers",
+        title="`--cpu-offloading-num-layers` without `--moe-grouped-gemm`",
+        name="cpu_offloading",
+        is_set=_offloads_single_experts,
+        text="it moves whatever a layer saves, lent weights too: use --moe-grouped-gemm, whose "
+        "linears keep their weights where they are, or leave the flag out",
     ),
 )
 

@@ -45,6 +45,16 @@ _ROWS = (
         "LLEP cannot lend them",
     ),
     (
+        "a `--te-precision-config-file` that chooses FP4 for experts, or a recipe that "
+        "`--fp8-recipe` is refused for, or for those of `SequentialMLP` other than bf16",
+        "at conversion, as for the flags: leave the experts out of its matchers, or choose "
+        "tensorwise, blockwise or mxfp8",
+    ),
+    (
+        "Kitchen (`--kitchen-config-file`, `--kitchen-recipe-number`)",
+        "lent experts are not quantised by it: leave the flag out",
+    ),
+    (
         "expert weights of several dtypes",
         "they cannot travel in one buffer: use one dtype",
     ),

@@ -85,5 +85,33 @@ REPLACED = (
         text="routed experts run in Transformer Engine's grouped linears, which lent experts can "
         "enter; the rest of the model keeps its fused operations",
     ),
+    Setting(
+        verdict="replaced",
+        flag="--moe-expert-rank-capacity-factor",
+        name="moe_expert_rank_capacity_factor",
+        is_set=has_value("moe_expert_rank_capacity_factor"),
+        runs={"moe_expert_rank_capacity_factor": None},
+        text="a rank makes room for the rows of its plan, and drops none, as Megatron in the end, "
+        "which runs a step again that has dropped some",
+    ),
+    Setting(
+        verdict="replaced",
+        flag="--moe-paged-stash",
+        name="moe_paged_stash",
+        is_set=has_value("moe_paged_stash"),
+        runs={"moe_paged_stash": False},
+        text="what experts save for backward stays where it is, and takes as much memory as its "
+        "rows need",
+    ),
+    Setting(
+        verdict="replaced",
+        flag="--overlap-dispatch-backward-with-experts-wgrad",
+        name="overlap_dispatch_backward_with_experts_wgrad",
+        is_set=has_value("overlap_dispatch_backward_with_experts_wgrad"),
+        runs={"overlap_dispatch_backward_with_experts_wgrad": False},
+        is_built_in=True,
+        text="experts compute their weights' gradients within their backward, as those of lent "
+        "experts travel home during dispatch",
+    ),
 )
-"""The last leaves its field of the configuration as it is: it says what dense layers run."""
+"""The op fuser's field of the configuration is left as it is: it says what dense layers run."""

@@ -95,6 +95,13 @@ _ROWS = (
         "not on a GPU",
     ),
     (
+        "`--optimizer-cpu-offload`, `--optimizer-offload-fraction`, "
+        "`--overlap-cpu-optimizer-d2h-h2d`",
+        "gradients are copied to the host in the step, when those of lent experts are home, and "
+        "parameters back before the next forward lends them; tested on a CPU with a stand-in for "
+        "what tells GPU from host, not on a GPU",
+    ),
+    (
         "`--optimizer muon`, with `--use-distributed-optimizer` too, `--optimizer lion`",
         "tested with emerging-optimizers 0.3.0, which has to be installed",
     ),
@@ -149,8 +156,9 @@ _ROWS = (
         "`--cuda-graph-impl transformer_engine` with `--cuda-graph-modules attn`, `mlp`, "
         "`mamba`, `moe_router`",
         "`moe_preprocess` is taken out of the list, and with it `moe_router` if "
-        "`--recompute-modules layernorm` is on; tested with a stand-in for the graph on a CPU, "
-        "not on a GPU",
+        "`--recompute-modules layernorm` is on; where nothing else is in it, nothing is captured, "
+        "and the configuration says `--cuda-graph-impl none`; tested with a stand-in for the graph "
+        "on a CPU, not on a GPU",
     ),
     (
         "`--cuda-graph-impl local` with `--cuda-graph-modules attn`, `mlp`, `mamba`",
@@ -163,6 +171,11 @@ _ROWS = (
         "save stays on the GPU; tested with a stand-in for the copies on a CPU, not on a GPU",
     ),
     (
+        "`--cpu-offloading-num-layers N --moe-grouped-gemm`",
+        "what natives and foreign experts save is offloaded; lent weights stay on the GPU; tested "
+        "with Transformer Engine 2.20's Python code on a CPU, not on a GPU",
+    ),
+    (
         "`--gradient-accumulation-fusion`",
         "the GEMM adds foreign weight gradients to the buffers in which they go home",
     ),
@@ -171,6 +184,11 @@ _ROWS = (
         "`--first-last-layers-bf16`",
         "foreign experts travel in bf16 and are quantised where they arrive; no FP8 kernel has "
         "run, see `docs/gpu.md`",
+    ),
+    (
+        "`--te-precision-config-file`",
+        "for modules other than experts; for experts it may choose bf16, and of recipes those that "
+        "`--fp8-recipe` may be; no FP8 kernel has run",
     ),
     (
         "`--recompute-modules moe_act`",
@@ -189,6 +207,10 @@ _ROWS = (
         "and quantile_balancing, `--moe-router-pre-softmax`, `--moe-router-topk-scaling-factor`, "
         "`--moe-router-dtype`, `--moe-z-loss-coeff`, `--moe-input-jitter-eps`",
         "routing is untouched",
+    ),
+    (
+        "`--moe-expert-capacity-factor`, `--moe-token-drop-policy`",
+        "Megatron's router drops tokens as ever, by its own rank's counts; what is left is lent",
     ),
     (
         "`--moe-router-force-load-balancing`, `--moe-router-force-biased`",
@@ -220,6 +242,12 @@ _ROWS = (
     (
         "`--mtp-use-repeated-layer`, `--mtp-detach-heads`",
         "each use of a layer is planned for itself",
+    ),
+    (
+        "hybrid models (`--hybrid-layer-pattern`)",
+        "`convert_model` and `with_llep` find their MoE layers; tested with Megatron's "
+        "`HybridModel` of attention and MoE layers, in pipeline stages; its Mamba layers need a "
+        "GPU, and hold nothing of LLEP",
     ),
     (
         "frozen experts, routers, layers",

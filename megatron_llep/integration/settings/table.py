@@ -34,6 +34,16 @@ def find_notices(source: Any) -> list[str]:
     ] + graphs.notices(source)
 
 
+def find_built_in(config: Any) -> Iterator[str]:
+    """What layers that are built by a configuration keep for good: flag and way out of each."""
+    for setting in REPLACED:
+        if setting.is_built_in and setting.is_set(config):
+            yield (
+                f"{setting.describe(config)}: the model was built with it, and keeps it; leave the "
+                "flag out"
+            )
+
+
 def replace_settings(config: Any) -> list[str]:
     """Make a model's configuration say what runs; Megatron reads it in every forward.
 
@@ -50,6 +60,15 @@ def replace_settings(config: Any) -> list[str]:
     return notices
 
 
+def replace_in_arguments(args: Namespace) -> None:
+    """Make Megatron's arguments say what runs, where its training loop reads them itself.
+
+    Others are left as given: they are stored in checkpoints.
+    """
+    args.moe_expert_rank_capacity_factor = None
+    graphs.keep_planning_out_of_graphs(args)
+
+
 def read_arguments_as_config(args: Namespace) -> Namespace:
     """Megatron's parsed arguments, also under the names of `TransformerConfig`.
 
@@ -62,7 +81,6 @@ def read_arguments_as_config(args: Namespace) -> Namespace:
         "cuda_graph_modules": args.cuda_graph_modules or args.cuda_graph_scope_deprecated,
         "cpu_offloading": args.cpu_offloading_num_layers > 0,
         "fp8_param": args.fp8_param_gather,
-        "quant_recipe": args.te_precision_config_file,
         "expert_gtp_weight_remat_size": shards // expert_tp,
     }
     return Namespace(**(vars(args) | renamed))

@@ -9,9 +9,9 @@ _ROWS = (
         "Megatron apart; emerging-optimizers 0.3.0 has no adaptive Muon that fits Megatron 0.19",
     ),
     (
-        "`--optimizer-cpu-offload`, `--optimizer-cuda-graph`",
-        "need a GPU; they read gradients in the optimizer's step, when those of lent experts are "
-        "home, and write parameters before the next forward lends them",
+        "`--optimizer-cuda-graph`",
+        "needs a GPU; its graph holds the optimizer's step alone, which begins when gradients of "
+        "lent experts are home",
     ),
     (
         "`--use-nccl-ub`, `--use-sharp`",
@@ -28,13 +28,12 @@ _ROWS = (
         "flag that is refused",
     ),
     (
-        "hybrid models (`--hybrid-layer-pattern`)",
-        "Megatron builds them of Transformer Engine's layers; `convert_model` finds their MoE "
-        "layers",
+        "`--moe-use-upcycling`",
+        "needs a dense checkpoint to start from",
     ),
     (
-        "`--moe-use-upcycling`, `--inprocess-restart`",
-        "",
+        "`--inprocess-restart`",
+        "needs NVIDIA's resiliency extension",
     ),
 )
 
