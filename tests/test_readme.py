@@ -112,6 +112,7 @@ def test_the_launcher_command_runs():
 @pytest.mark.parametrize("command", COMMAND_LINE)
 def test_the_command_line_runs(command, tmp_path):
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
     if "calibrate" in words:
         words.append("--quick")  # a trial run
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
