@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_llep.config import LLEPConfig, flag_of
 from megatron_llep.experts.grouped_mm import check_convertible
 from megatron_llep.experts.kinds import make_lendable
-from megatron_llep.experts.quantised import check_restorable
+from megatron_llep.experts.quantised import check_lendable
 from megatron_llep.experts.unchanged import check_not_sharded
 from megatron_llep.integration.settings.table import find_refusals
 from megatron_llep.planner.cost.presets import get_cost_model
@@ -72,7 +72,7 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
             f"{type(layer.experts).__name__}; use --moe-grouped-gemm with Transformer Engine, or "
             "train in bf16, fp16 or fp32"
         )
-    check_restorable(layer.experts)
+    check_lendable(layer.experts)
     dtypes = {weight.dtype for weight in layer.experts.parameters()}
     if len(dtypes) > 1:
         raise ValueError(

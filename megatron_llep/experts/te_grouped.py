@@ -33,7 +33,7 @@ from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
 from megatron_llep.experts.base import LendableExperts
-from megatron_llep.lending.packing import Weights
+from megatron_llep.lending.parcel import Weights
 
 
 class LendableTEGroupedMLP(LendableExperts):

@@ -40,7 +40,6 @@ def test_the_supported_configuration_passes():
         ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, "--fp8-format hybrid"),
         (GROUPED_FP8 | {"fp8_recipe": "delayed"}, "--fp8-recipe delayed"),
         (GROUPED_FP8 | {"fp8_recipe": "custom"}, "--fp8-recipe custom"),
-        ({"fp8_param": True}, "--fp8-param-gather"),
         ({"quant_recipe": "any"}, "--te-precision-config-file"),
         ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
         ({"moe_single_grouped_bias": True}, "--moe-single-grouped-bias"),
