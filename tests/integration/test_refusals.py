@@ -28,6 +28,8 @@ GROUPED_FP8 = {"fp8": "hybrid", "moe_grouped_gemm": True}
 
 def test_the_supported_configuration_passes():
     check_config(SUPPORTED, EAGER)
+    for recipe in ("tensorwise", "blockwise", "mxfp8"):
+        check_config(config_with(**GROUPED_FP8, fp8_recipe=recipe, fp8_param=True), EAGER)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import pad
 from transformer_engine.pytorch import DType
 from transformer_engine.pytorch import tensor as te
@@ -55,6 +56,19 @@ def install_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(te.Float8BlockQuantizer, "update_quantized", make_update("blockwise"))
     monkeypatch.setattr(te.MXFP8Quantizer, "update_quantized", make_update("mxfp8"))
+
+
+def quantise_from_shards(params, shards, starts, group) -> None:
+    """STAND-IN for Megatron's `quantize_param_shard`, and TE's casts in it: before the all-gather.
+
+    TE writes this rank's shard of the data, and all scales; here all is written.
+    """
+    for param, shard, start in zip(params, shards, starts, strict=True):
+        whole = torch.zeros(param.numel())
+        if shard is not None:
+            whole[start : start + shard.numel()] = shard
+        dist.all_reduce(whole, group=group)
+        param._quantizer.update_quantized(whole.view(param.shape).to(param.dtype), param)
 
 
 def quantise(matrix: torch.Tensor, recipe: Recipe) -> Any:

@@ -16,9 +16,18 @@ import torch.distributed as dist
 pytest.importorskip("transformer_engine.pytorch")
 
 from megatron.core import fp8_utils
+from megatron.core.optimizer import distrib_optimizer
 from te_cpu_stand_in import make_fp8_recipe
 from te_experts import TE_CONFIG, use_te_experts
-from te_quantised import RECIPES, Recipe, install_quantised, quantise, quantise_experts, read_numbers
+from te_quantised import (
+    RECIPES,
+    Recipe,
+    install_quantised,
+    quantise,
+    quantise_experts,
+    quantise_from_shards,
+    read_numbers,
+)
 from transformer_engine.pytorch import DType
 from transformer_engine.pytorch import tensor as te
 
@@ -205,8 +214,8 @@ def quantised_run(layout: Layout, **settings: Any) -> Run:
 FUSED = {"gradient_accumulation_fusion": True}
 
 
-def compare_training(run: Run, recipe: Recipe, llep: LLEPConfig) -> int:
-    """Train with and without LLEP; how many experts were lent, in all."""
+def compare_training(run: Run, recipe: Recipe, llep: LLEPConfig, **tolerances: float) -> int:
+    """Train with and without LLEP; the most borrowers that an expert had."""
     decisions: list = []
 
     def convert(chunks: Chunks) -> None:
@@ -223,7 +232,7 @@ def compare_training(run: Run, recipe: Recipe, llep: LLEPConfig) -> int:
                 result.parameters[name] = read_numbers(each)
                 count += 1
     assert count, "no parameter was quantised"
-    assert_same_run(lending, plain)
+    assert_same_run(lending, plain, **tolerances)
     assert all(not gradient.isnan().any() for gradient in lending.gradients.values())
     return max(
         np.unique(decision.plan.transfers[:, 0], return_counts=True)[1].max(initial=0)
@@ -277,6 +286,33 @@ def test_an_expert_in_shards(recipe):
     assert min(run_ranks(work, 4, timeout=200)) >= 2, "no expert had several borrowers"
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_distributed_optimizer(recipe, monkeypatch):
+    """It moves parameters into its buffer; MXFP8 comes out of that of the gradients."""
+    monkeypatch.setattr(distrib_optimizer, "quantize_param_shard", quantise_from_shards)
+    bf16 = {"bf16": True, "params_dtype": torch.bfloat16}
+    reuse = {"reuse_grad_buf_for_mxfp8_param_ag": recipe == "mxfp8"}
+
+    def work(rank, size):
+        run = quantised_run(
+            Layout(ep=2, dp=4),
+            config=FUSED | bf16 | {"pipeline_dtype": torch.bfloat16},
+            ddp={
+                "use_distributed_optimizer": True,
+                "overlap_grad_reduce": True,
+                "fp8_param_gather": True,
+                **reuse,
+            },
+            # A large epsilon keeps the gradient's scale.
+            optimizer=bf16
+            | reuse
+            | {"fp8_recipe": recipe, "optimizer": "adam", "adam_eps": 1.0, "lr": 1.0},
+        )
+        return compare_training(run, recipe, EAGER, loss_tolerance=5e-3, gradient_tolerance=2e-2)
+
+    assert all(run_ranks(work, 4, timeout=200))
+
+
 def test_other_classes_are_refused():
     module = torch.nn.Module()
     for number, recipe in enumerate(RECIPES):
@@ -288,8 +324,6 @@ def test_other_classes_are_refused():
         check_lendable(module)
     module.weight1._is_2D_scaled = True
     # As delayed scaling makes it.
-    module.weight0._quantizer = te.Float8Quantizer(
-        torch.ones(1), torch.zeros(1), DType.kFloat8E4M3
-    )
+    module.weight0._quantizer = te.Float8Quantizer(torch.ones(1), torch.zeros(1), DType.kFloat8E4M3)
     with pytest.raises(ValueError, match=r"--fp8-param-gather: experts\.weight0 .*Float8Quantizer"):
         check_lendable(module)
