@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_llep.lending.parcel import can_be_lent
+from megatron_llep.lending.parcel import Parcel, can_be_lent
 
 
 def check_lendable(experts: torch.nn.Module) -> None:
@@ -10,6 +10,7 @@ def check_lendable(experts: torch.nn.Module) -> None:
 
     Raises:
         ValueError: names the weight, its class and quantiser, and the way out.
+        AssertionError: a quantised weight is not laid out as its class says.
     """
     for name, weight in experts.named_parameters():
         if not can_be_lent(weight):
@@ -19,3 +20,4 @@ def check_lendable(experts: torch.nn.Module) -> None:
                 "which LLEP does not lend; use --fp8-recipe tensorwise, blockwise or mxfp8, or "
                 "leave the flag out"
             )
+        Parcel.of((weight,)).flatten((weight,))  # else a rank finds out, and others wait for it
