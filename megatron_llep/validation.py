@@ -13,7 +13,7 @@ from megatron_llep.config import LLEPConfig, flag_of
 from megatron_llep.experts.grouped_mm import check_convertible
 from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.experts.precision import find_chosen_recipes
-from megatron_llep.experts.quantised import check_restorable
+from megatron_llep.experts.quantised import check_lendable
 from megatron_llep.experts.unchanged import check_not_sharded
 from megatron_llep.integration.settings.refused import FP8_RECIPES
 from megatron_llep.integration.settings.table import find_refusals
@@ -86,7 +86,7 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
                 f"supported with --moe-llep for {type(layer.experts).__name__}: leave the experts "
                 f"out of its matchers, or use --moe-grouped-gemm and {' or '.join(FP8_RECIPES)}"
             )
-    check_restorable(layer.experts)
+    check_lendable(layer.experts)
     dtypes = {weight.dtype for weight in layer.experts.parameters()}
     if len(dtypes) > 1:
         raise ValueError(

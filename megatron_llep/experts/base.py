@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from megatron_llep.lending.packing import Weights
+from megatron_llep.lending.parcel import Parcel, Weights
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Hidden states [n, H], sorted by slot, and the router's weight of each, [n]."""
@@ -48,8 +48,8 @@ class LendableExperts(ABC):
 
     @cached_property
     def expert_bytes(self) -> int:
-        """Size of one expert's weights on this rank."""
-        return sum(weight.nbytes for weight in self.weights()[0])
+        """Size of what travels of one expert from or to this rank."""
+        return Parcel.of(self.weights()[0]).nbytes
 
     def trains(self) -> bool:
         """Whether any native weight needs a gradient."""
@@ -83,7 +83,7 @@ class LendableExperts(ABC):
 
     @abstractmethod
     def weights(self) -> list[Weights]:
-        """M tuples of parameters, alike in order, shapes and dtype."""
+        """M tuples of parameters, alike in order, classes, shapes and dtype."""
 
     def compute(
         self, rows: Sequence[Rows], tokens_per_slot: torch.Tensor, borrow: Borrow

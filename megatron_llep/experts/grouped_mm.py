@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from megatron_llep.experts.base import LendableExperts, find_gather_hooks
 from megatron_llep.experts.grouped_linear import ROW_BYTES, Groups, grouped_linear, spread_biases
-from megatron_llep.lending.packing import Weights
+from megatron_llep.lending.parcel import Weights
 
 FLAG = "--moe-llep-expert-gemm grouped_mm"
 _INSTEAD = "or use --moe-llep-expert-gemm megatron"

@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.func import functional_call
 
 from megatron_llep.experts.base import LendableExperts
-from megatron_llep.lending.packing import Weights
+from megatron_llep.lending.parcel import Weights
 
 
 class LendableSequentialMLP(LendableExperts):

@@ -16,6 +16,9 @@ need not wait for foreign weights then. Of what the two calls share:
   micro-batches in flight.
 - The cache of quantised weights is the natives': `is_first_microbatch=None`, by which TE knows that
   it must neither read nor fill it, and must add to `main_grad`, not write over it.
+- Quantised weights (`--fp8-param-gather`) each bring a quantiser that says what to keep; TE
+  quantises and caches nothing. A lent one's does not ask for columns that are made of rows:
+  these are made in backward, which asks for them in any case, and freed with the weight.
 - The store of delayed weight gradients (`--delay-wgrad-compute`) is the natives': those of foreign
   experts are due at once, as they travel.
 - Recomputed activations: what recomputes them hangs on the output of its own call.
@@ -33,7 +36,7 @@ from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
 from megatron_llep.experts.base import LendableExperts
-from megatron_llep.lending.packing import Weights
+from megatron_llep.lending.parcel import Weights
 
 
 class LendableTEGroupedMLP(LendableExperts):

@@ -1,7 +1,8 @@
 """The exchanges of one loan: weights to borrowers, and their gradients the same way back.
 
 Letters: P ranks of the expert-parallel group, M native experts a rank, F foreign experts of this
-rank in one plan, W numbers in one expert's weights, L numbers of this rank's lent experts.
+rank in one plan, W numbers in one expert's weights, B units in its parcel, L numbers of this rank's
+lent experts.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,16 +11,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_llep.lending.packing import (
-    Weights,
     count_by_peer,
     count_numbers,
     find_parts,
     make_buffers,
     pack,
-    read_numbers,
     sum_shards,
     unpack,
 )
+from megatron_llep.lending.parcel import Parcel, Weights
 from megatron_llep.lending.pending import PendingExchanges
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers
@@ -33,9 +33,11 @@ class LoanExchanges:
 
     def __init__(
         self,
-        transfers: RankTransfers,
-        shapes: Sequence[torch.Size],
         *,
+        parcel: Parcel,
+        fetched: RankTransfers,
+        returned: RankTransfers,
+        width: int,
         group: dist.ProcessGroup,
         shared: SharedLending,
         note_bytes: Callable[[int, int], None],
@@ -43,25 +45,28 @@ class LoanExchanges:
         """See the class.
 
         Args:
-            transfers: this rank's.
-            shapes: of one expert's weights.
+            parcel: what travels of each expert.
+            fetched: this rank's transfers, in units of parcels.
+            returned: the same, in numbers of the weights: what gradients take back.
+            width: W.
             group: the P ranks.
             shared: says on which stream they run.
             note_bytes: called at each exchange with the bytes this rank sends and receives.
         """
-        self._transfers = transfers
-        self._shapes = shapes
-        self._width = sum(shape.numel() for shape in shapes)  # W
+        self._parcel = parcel
+        self._fetched = fetched
+        self._returned = returned
+        self._width = width
         self._group = group
         self._shared = shared
         self._note_bytes = note_bytes
 
     def start_fetch(self, natives: Sequence[Weights], slots: torch.Tensor) -> PendingExchanges:
-        """Start to send those lent of the M natives, and to fill the slots [F * W]."""
-        first, *second = self._transfers.exchanges
+        """Start to send those lent of the M natives, and to fill the slots [F * B]."""
+        first, *second = self._fetched.exchanges
         buffers = [make_buffers(first, slots, incoming=slots if self._arrives_whole() else None)]
         buffers += [make_buffers(exchange, slots) for exchange in second]
-        lent = {piece.expert: read_numbers(natives[piece.expert]) for piece in first.sends}
+        lent = {expert: self._parcel.flatten(natives[expert]) for expert in self._fetched.lent}
         return self._start(self._fetch(lent, slots, buffers), [*buffers, *lent.values()])
 
     def start_return(
@@ -76,7 +81,7 @@ class LoanExchanges:
         Returns:
             What is in flight, and [L], what it brings: by the pieces that the fetch sends first.
         """
-        first, *second = (exchange.reverse() for exchange in self._transfers.exchanges)
+        first, *second = (exchange.reverse() for exchange in self._returned.exchanges)
         like = grads.new_empty(0, dtype=dtype)
         buffers = [make_buffers(exchange, like) for exchange in second]
         as_they_are = self._arrives_whole() and grads.dtype == dtype
@@ -96,28 +101,29 @@ class LoanExchanges:
         self, lent: Mapping[int, Weights], slots: torch.Tensor, buffers: list[Buffers]
     ) -> Iterator[dist.Work]:
         """Pack lent experts, exchange, put what came into the slots; then shards, if any."""
-        first, *second = self._transfers.exchanges
+        first, *second = self._fetched.exchanges
         outgoing, incoming = buffers[0]
+        width, sizes = self._parcel.width, self._parcel.sizes
         parts = [
             lent[piece.expert][i][where]
             for piece in first.sends
-            for i, where in find_parts(piece, self._shapes)
+            for i, where in find_parts(piece, sizes)
         ]
         if parts:
             torch.cat(parts, out=outgoing)
         yield self._exchange(first, outgoing, incoming)
         if incoming is not slots:
-            unpack(incoming, first.receives, slots, self._width)
+            unpack(incoming, first.receives, slots, width)
         for exchange, (outgoing, incoming) in zip(second, buffers[1:], strict=True):
-            pack(slots, exchange.sends, outgoing, self._width)
+            pack(slots, exchange.sends, outgoing, width)
             yield self._exchange(exchange, outgoing, incoming)
-            unpack(incoming, exchange.receives, slots, self._width)
+            unpack(incoming, exchange.receives, slots, width)
 
     def _return(
         self, grads: torch.Tensor, buffers: list[Buffers], sums: torch.Tensor
     ) -> Iterator[dist.Work]:
         """The way back of `_fetch`: shards of gradients to those who sum them, then home."""
-        first, *second = (exchange.reverse() for exchange in self._transfers.exchanges)
+        first, *second = (exchange.reverse() for exchange in self._returned.exchanges)
         for exchange, (outgoing, incoming) in zip(second, buffers[:-1], strict=True):
             pack(grads, exchange.sends, outgoing, self._width)
             yield self._exchange(exchange, outgoing, incoming)
@@ -152,11 +158,11 @@ class LoanExchanges:
 
     def _arrives_whole(self) -> bool:
         """Whether this rank borrows no expert in shards: what comes is what the slots hold."""
-        return not any(exchange.receives for exchange in self._transfers.exchanges[1:])
+        return not any(exchange.receives for exchange in self._fetched.exchanges[1:])
 
     def _find_own_shards(self) -> list[Piece]:
-        """The shard of each foreign expert that comes in shards which its home sends here."""
-        in_shards = {piece.expert for each in self._transfers.exchanges[1:] for piece in each.sends}
+        """This rank's shard, in numbers, of each foreign expert that comes in shards."""
+        in_shards = {piece.expert for each in self._returned.exchanges[1:] for piece in each.sends}
         return [
-            piece for piece in self._transfers.exchanges[0].receives if piece.expert in in_shards
+            piece for piece in self._returned.exchanges[0].receives if piece.expert in in_shards
         ]

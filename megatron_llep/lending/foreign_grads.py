@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from megatron_llep.lending.grad_scratch import GradScratch
-from megatron_llep.lending.packing import Weights
+from megatron_llep.lending.parcel import Weights
 
 
 class ForeignGrads:
@@ -21,21 +21,29 @@ class ForeignGrads:
     It does not hold the weights: the autograd node whose outputs they are holds it.
     """
 
-    def __init__(self, foreign: Sequence[Weights], like: torch.Tensor, scratch: GradScratch):
+    def __init__(
+        self,
+        foreign: Sequence[Weights],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch: GradScratch,
+    ):
         """Give each weight its `main_grad`; allocate nothing yet.
 
         Args:
-            foreign: F experts' weights, which lie in this order in one buffer.
-            like: that buffer, [F * W].
+            foreign: F experts' weights.
+            dtype: that weights show.
+            device: of the weights.
             scratch: where the memory comes from.
         """
-        dtype = torch.promote_types(torch.float32, like.dtype)
-        self._numel = like.numel()
-        self._nothing = like.new_empty(1, dtype=dtype)
+        dtype = torch.promote_types(torch.float32, dtype)
+        self._nothing = torch.empty(1, dtype=dtype, device=device)
         self._scratch = scratch
         self._slab: torch.Tensor | None = None
         weights = [weight for expert in foreign for weight in expert]
         self._layouts = [(weight.shape, weight.stride()) for weight in weights]
+        self._numel = sum(shape.numel() for shape, _ in self._layouts)
         self._main_grads = [self._nothing.new_empty(0) for _ in weights]
         for weight, main_grad in zip(weights, self._main_grads, strict=True):
             weight.main_grad = main_grad
@@ -43,7 +51,7 @@ class ForeignGrads:
 
     @property
     def flat(self) -> torch.Tensor:
-        """[F * W], laid out as the weights are."""
+        """[F * W], one weight after another."""
         assert self._slab is not None, "foreign gradients are open from backward to their return"
         return self._slab[: self._numel]
 

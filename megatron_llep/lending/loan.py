@@ -1,7 +1,7 @@
 """A loan: the buffers and exchanges of one layer's lending for one micro-batch.
 
 Letters: P ranks of the expert-parallel group, M native experts a rank, F foreign experts of this
-rank in one plan, W numbers in one expert's weights.
+rank in one plan, W numbers in one expert's weights, B units in its parcel.
 
 On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe:
 
@@ -30,6 +30,7 @@ On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe
   that the other one does.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -37,7 +38,8 @@ import torch.distributed as dist
 
 from megatron_llep.lending.exchanges import LoanExchanges
 from megatron_llep.lending.foreign_grads import ForeignGrads
-from megatron_llep.lending.packing import Weights, find_parts, split_experts, split_pieces
+from megatron_llep.lending.packing import find_parts, split_pieces
+from megatron_llep.lending.parcel import Parcel, Weights, drop_derived
 from megatron_llep.lending.pending import PendingExchanges
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
@@ -80,11 +82,16 @@ class WeightLoan:
             shared: the model's stream, count of memory, and memory for gradients.
             note_bytes: called at each exchange with the bytes this rank sends and receives.
         """
-        self._shapes = tuple(weight.shape for weight in natives[0])
-        width = sum(shape.numel() for shape in self._shapes)  # W
-        self.transfers = RankTransfers.of(
-            plan, dist.get_rank(group), width=width, scatter_from=scatter_from
-        )
+        self._sizes = [weight.numel() for weight in natives[0]]
+        self._parcel = Parcel.of(natives[0])
+        width, rank = sum(self._sizes), dist.get_rank(group)
+        self.transfers = RankTransfers.of(plan, rank, width=width, scatter_from=scatter_from)
+        """In numbers of the weights; what is fetched may be other units."""
+        fetched = self.transfers
+        if self._parcel.width != width:
+            fetched = RankTransfers.of(
+                plan, rank, width=self._parcel.width, scatter_from=scatter_from
+            )
         self.natives = natives
         self.returns = returns and torch.is_grad_enabled()
         """Whether gradients come home: this forward is recorded, and some rank trains experts."""
@@ -93,13 +100,22 @@ class WeightLoan:
         self._grad_dtype = grad_dtype
         self._shared = shared
         self._exchanges = LoanExchanges(
-            self.transfers, self._shapes, group=group, shared=shared, note_bytes=note_bytes
+            parcel=self._parcel,
+            fetched=fetched,
+            returned=self.transfers,
+            width=width,
+            group=group,
+            shared=shared,
+            note_bytes=note_bytes,
         )
-        like = natives[0][0]  # whose own `new_empty` would be quantised where it is
-        self._on_main = shared.stream_on(like.device).way_back()
+        self._dtype, self._device = natives[0][0].dtype, natives[0][0].device
+        self._on_main = shared.stream_on(self._device).way_back()
         self._weights = torch.empty(
-            self.transfers.num_foreign * width, dtype=like.dtype, device=like.device
+            self.transfers.num_foreign * self._parcel.width,
+            dtype=self._parcel.dtype,
+            device=self._device,
         )
+        self._handed_out: list[weakref.ref[torch.Tensor]] = []
         self._held = 0
         self._grads: ForeignGrads | None = None
         self._pending: PendingExchanges | None = None
@@ -115,7 +131,7 @@ class WeightLoan:
     @property
     def tensors_per_expert(self) -> int:
         """Weights and biases of one expert."""
-        return len(self._shapes)
+        return len(self._sizes)
 
     def start_fetch(self) -> None:
         """Start sending lent experts and receiving foreign ones."""
@@ -137,13 +153,20 @@ class WeightLoan:
 
     def hand_out(self) -> list[Weights]:
         """F experts' weights; if gradients return, with `main_grad`s (see `ForeignGrads`)."""
-        foreign = split_experts(self._weights, self._shapes)
+        foreign = self._parcel.split(self._weights)
+        self._handed_out = [weakref.ref(weight) for expert in foreign for weight in expert]
         if self.returns:
-            self._grads = ForeignGrads(foreign, self._weights, self._shared.grad_scratch)
+            self._grads = ForeignGrads(
+                foreign,
+                dtype=self._dtype,
+                device=self._device,
+                scratch=self._shared.grad_scratch,
+            )
         return foreign
 
     def free_weights(self) -> None:
         """Give back the memory of the foreign weights; tensors over it stay, empty."""
+        self._drop_derived()
         self._free(self._weights)
         self._hold(0)
 
@@ -153,6 +176,7 @@ class WeightLoan:
             self.free_weights()
         else:
             # Not freed: a graph that is retained for a second backward still has them.
+            self._drop_derived()
             self._weights = self._weights.new_empty(0)
             self._hold(0)
 
@@ -195,7 +219,7 @@ class WeightLoan:
         self._grads.close()
         pieces = self.transfers.exchanges[0].sends
         for piece, values in zip(pieces, split_pieces(returned, pieces), strict=True):
-            parts = list(find_parts(piece, self._shapes))
+            parts = list(find_parts(piece, self._sizes))
             sizes = [where.stop - where.start for _, where in parts]
             for (i, where), grad in zip(parts, values.split(sizes), strict=True):
                 yield piece.expert, i, where, grad
@@ -209,6 +233,13 @@ class WeightLoan:
         assert self._pending is not None
         self._pending.finish()
         self._pending = None
+
+    def _drop_derived(self) -> None:
+        """Free what TE made of quantised weights; it would live as long as the graph."""
+        for reference in self._handed_out:
+            weight = reference()
+            if weight is not None:
+                drop_derived(weight)
 
     def _hold(self, num_bytes: int) -> None:
         self._shared.memory.release(self._held)

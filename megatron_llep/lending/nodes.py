@@ -38,7 +38,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_llep.lending.loan import WeightLoan
-from megatron_llep.lending.packing import Weights
+from megatron_llep.lending.parcel import Weights
 
 
 def hold_grads(
@@ -89,7 +89,7 @@ def add_returned(loan: WeightLoan) -> None:
     def find_grad(native: int, i: int, _: torch.Tensor) -> torch.Tensor:
         weight = loan.natives[native][i]
         if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         return weight.grad
 
     _add_returned(loan, find_grad)

@@ -1,6 +1,7 @@
 """Pieces of experts in flat buffers: where they lie, and copies between slots and what travels.
 
-Letters: P ranks, F foreign experts of this rank, W numbers in one expert's weights.
+Letters: P ranks, F foreign experts of this rank, W numbers in one expert's gradients or units in
+its parcel.
 
 *Slots* are [F * W] numbers, one expert after another. What travels is [n] numbers, one piece after
 another.
@@ -9,23 +10,8 @@ another.
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
 from megatron_llep.lending.transfers import Exchange, Piece
-
-Weights = tuple[torch.Tensor, ...]
-
-
-@torch.no_grad()
-def read_numbers(weights: Weights) -> Weights:
-    """The numbers of one expert's weights, flat, in the dtype that the weights show.
-
-    Views, but for quantised parameters, whose numbers are computed.
-    """
-    return tuple(
-        (dequantize_fp8_tensor(weight) if is_float8tensor(weight) else weight.detach()).reshape(-1)
-        for weight in weights
-    )
 
 
 def count_numbers(pieces: Iterable[Piece]) -> int:
@@ -41,31 +27,19 @@ def count_by_peer(pieces: Iterable[Piece], num_ranks: int) -> list[int]:
     return sizes
 
 
-def find_parts(piece: Piece, shapes: Sequence[torch.Size]) -> Iterator[tuple[int, slice]]:
-    """The weights of an expert, by number, that a piece has numbers of, and which of them."""
+def find_parts(piece: Piece, sizes: Iterable[int]) -> Iterator[tuple[int, slice]]:
+    """The tensors of an expert, by number, that a piece has numbers of, and which of them.
+
+    Args:
+        piece: of the expert.
+        sizes: numbers in each of its tensors.
+    """
     offset = 0
-    for i, shape in enumerate(shapes):
-        start, stop = (min(max(at - offset, 0), shape.numel()) for at in (piece.start, piece.stop))
+    for i, size in enumerate(sizes):
+        start, stop = (min(max(at - offset, 0), size) for at in (piece.start, piece.stop))
         if start < stop:
             yield i, slice(start, stop)
-        offset += shape.numel()
-
-
-def split_experts(slots: torch.Tensor, shapes: Sequence[torch.Size]) -> list[Weights]:
-    """Cut [n * W] numbers into n experts' tensors, without copying.
-
-    They are tensors over one storage rather than views, so that an autograd node may return them
-    as outputs of their own, and freeing the storage frees them all.
-    """
-    experts = []
-    width = sum(shape.numel() for shape in shapes)
-    for start in range(0, slots.numel(), width):
-        tensors, offset = [], start
-        for shape in shapes:
-            tensors.append(slots.new_empty(0).set_(slots.untyped_storage(), offset, shape))
-            offset += shape.numel()
-        experts.append(tuple(tensors))
-    return experts
+        offset += size
 
 
 def split_pieces(flat: torch.Tensor, pieces: Sequence[Piece]) -> tuple[torch.Tensor, ...]:

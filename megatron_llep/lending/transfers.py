@@ -1,7 +1,8 @@
 """Which parts of which experts one rank sends to whom, and gets from whom, under one plan.
 
 Letters: P ranks of the expert-parallel group, M native experts a rank, W numbers in one expert's
-weights.
+gradients or units in its parcel (see `lending.parcel`). The same plan at another W has the same
+pieces in the same order, cut elsewhere.
 """
 
 from dataclasses import dataclass

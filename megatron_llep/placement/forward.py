@@ -30,7 +30,7 @@ from megatron_llep.planner import Plan
 
 if TYPE_CHECKING:
     from megatron_llep.lending.loan import WeightLoan
-    from megatron_llep.lending.packing import Weights
+    from megatron_llep.lending.parcel import Weights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

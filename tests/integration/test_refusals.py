@@ -29,6 +29,8 @@ GROUPED_FP8 = {"fp8": "hybrid", "moe_grouped_gemm": True}
 
 def test_the_supported_configuration_passes():
     check_config(SUPPORTED, EAGER)
+    for recipe in ("tensorwise", "blockwise", "mxfp8"):
+        check_config(config_with(**GROUPED_FP8, fp8_recipe=recipe, fp8_param=True), EAGER)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,6 @@ def test_the_supported_configuration_passes():
         ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, "--fp8-format hybrid"),
         (GROUPED_FP8 | {"fp8_recipe": "delayed"}, "--fp8-recipe delayed"),
         (GROUPED_FP8 | {"fp8_recipe": "custom"}, "--fp8-recipe custom"),
-        ({"fp8_param": True}, "--fp8-param-gather"),
         ({"use_kitchen": True}, "--kitchen-config-file"),
         ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
         ({"moe_single_grouped_bias": True}, "--moe-single-grouped-bias"),

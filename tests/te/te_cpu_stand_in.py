@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.fp8_utils import is_float8tensor
+from te_quantised import read_numbers
 
 Gemm = tuple[str, int]
 """Layout (TN forward, NN gradient of the input, NT gradient of the weights), number of experts."""
@@ -87,6 +89,8 @@ def grouped_gemm(
 
 def _dequantise(tensor: Any, *, rowwise: bool) -> torch.Tensor:
     """In at least fp32, in which the kernels add up."""
+    if is_float8tensor(tensor):  # a parameter
+        return read_numbers(tensor, rowwise=rowwise)
     if isinstance(tensor, torch.Tensor):
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     if rowwise:

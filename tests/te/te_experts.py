@@ -9,6 +9,7 @@ from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
     TERowParallelGroupedLinear,
 )
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -43,9 +44,10 @@ def _replace_experts(layer: Any) -> Any:
 def make_experts(num_experts: int, config: TransformerConfig, device: str = "cpu") -> TEGroupedMLP:
     """A module of experts by itself, with random weights; main_grad is zero."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    experts = TEGroupedMLP(num_experts, config, LINEARS, groups).to(device)
+    with get_fp8_context(config, is_init=True):  # of --fp8-param-gather
+        experts = TEGroupedMLP(num_experts, config, LINEARS, groups).to(device)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         if config.gradient_accumulation_fusion:
-            parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+            parameter.main_grad = torch.zeros(parameter.shape, device=parameter.device)
     return experts

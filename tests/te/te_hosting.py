@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from te_experts import TE_CONFIG, make_experts
 
 from megatron_llep.experts.kinds import make_lendable
+from megatron_llep.lending.parcel import Parcel
 from support.training import Run, make_config
 
 NATIVE = 3
@@ -64,19 +65,13 @@ class Modules:
 def _copy_into_one_buffer(
     experts: list[tuple[torch.Tensor, ...]], with_main_grad: bool
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Plain tensors over one storage, as those that are lent."""
-    flat = torch.cat([weight.detach().reshape(-1) for expert in experts for weight in expert])
-    grads = torch.zeros_like(flat, dtype=torch.float32)
-    copies, offset = [], 0
-    for expert in experts:
-        weights = []
-        for weight in expert:
-            place = slice(offset, offset + weight.numel())
-            weights.append(flat[place].view(weight.shape).detach().requires_grad_())
-            if with_main_grad:
-                weights[-1].main_grad = grads[place].view(weight.shape)
-            offset += weight.numel()
-        copies.append(tuple(weights))
+    """Tensors over one storage, as those that are lent."""
+    parcel = Parcel.of(experts[0])
+    copies = parcel.split(torch.cat([part for each in experts for part in parcel.flatten(each)]))
+    for weight in (each for expert in copies for each in expert):
+        weight.requires_grad_()
+        if with_main_grad:
+            weight.main_grad = torch.zeros(weight.shape, device=weight.device)
     return copies
 
 

@@ -67,9 +67,7 @@ def test_hosted_experts(one_rank, changes):
     assert_hosted_are_as_in_one_module(changes)
 
 
-@pytest.mark.parametrize("fused", [{}, FUSED], ids=["unfused", "fused"])
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
-def test_hosted_experts_in_fp8(one_rank, recipe, fused):
+def make_fp8(recipe: str) -> dict:
     available = {
         "tensorwise": te.is_fp8_available,
         "blockwise": te.is_fp8_block_scaling_available,
@@ -78,5 +76,18 @@ def test_hosted_experts_in_fp8(one_rank, recipe, fused):
     if not available():
         pytest.skip(f"this GPU has no FP8 scaling {recipe}")
     # Blockwise scaling is for e4m3 alone.
-    fp8 = {"fp8": "e4m3", "fp8_recipe": recipe}
-    assert_hosted_are_as_in_one_module(BF16 | fused | fp8)
+    return {"fp8": "e4m3", "fp8_recipe": recipe}
+
+
+@pytest.mark.parametrize("fused", [{}, FUSED], ids=["unfused", "fused"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_hosted_experts_in_fp8(one_rank, recipe, fused):
+    assert_hosted_are_as_in_one_module(BF16 | fused | make_fp8(recipe))
+
+
+@pytest.mark.parametrize("fused", [{}, FUSED], ids=["unfused", "fused"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_hosted_quantised_parameters(one_rank, recipe, fused):
+    """Of `--fp8-param-gather`: TE's quantisers made them, and foreign ones are lent bytes."""
+    parameters = {"fp8_param": True, "use_cpu_initialization": False}
+    assert_hosted_are_as_in_one_module(BF16 | fused | make_fp8(recipe) | parameters)

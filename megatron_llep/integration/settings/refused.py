@@ -28,10 +28,6 @@ def _has_history(source: Any) -> bool:
     return bool(source.fp8) and source.fp8_recipe not in FP8_RECIPES
 
 
-def _holds_what_bf16_does_not(source: Any) -> bool:
-    return bool(source.fp8_param) and source.fp8_recipe != "blockwise"
-
-
 def _graphs_whole_blocks(source: Any) -> bool:
     return source.inference_cuda_graph_scope in (InferenceCudaGraphScope.block, "block")
 
@@ -67,15 +63,6 @@ _CONFIGURATION = (
         is_set=_has_history,
         text="it may keep a history of every slot, and experts change slots: use --fp8-recipe "
         "tensorwise, blockwise or mxfp8",
-    ),
-    Setting(
-        verdict="refused",
-        flag="--fp8-param-gather",
-        name="fp8_param",
-        is_set=_holds_what_bf16_does_not,
-        value=lambda source: f"with --fp8-recipe {source.fp8_recipe}",
-        text="a borrower could not restore what the parameters hold: use --fp8-recipe blockwise, "
-        "or leave the flag out",
     ),
     _refuse(
         "fp4",

@@ -148,9 +148,10 @@ _ROWS = (
         "Python code over a stand-in for its GEMM on a CPU, not on a GPU",
     ),
     (
-        "`--fp8-param-gather --fp8-recipe blockwise`",
-        "lent in bf16 and quantised again to the same numbers; tested on a CPU with stand-ins "
-        "for the quantiser and without FP8 GEMMs, see `docs/gpu.md`",
+        "`--fp8-param-gather` with tensorwise, blockwise or mxfp8 scaling, "
+        "`--reuse-grad-buf-for-mxfp8-param-ag`",
+        "FP8 data and scales are lent as they are; tested on a CPU with Transformer Engine's "
+        "tensors and stand-ins for its kernels, no FP8 kernel has run, see `docs/gpu.md`",
     ),
     (
         "`--cuda-graph-impl transformer_engine` with `--cuda-graph-modules attn`, `mlp`, "
@@ -182,8 +183,8 @@ _ROWS = (
     (
         "FP8 with `--moe-grouped-gemm` and tensorwise, blockwise or mxfp8 scaling, "
         "`--first-last-layers-bf16`",
-        "foreign experts travel in bf16 and are quantised where they arrive; no FP8 kernel has "
-        "run, see `docs/gpu.md`",
+        "without `--fp8-param-gather` foreign experts travel in bf16 and are quantised where "
+        "they arrive; no FP8 kernel has run, see `docs/gpu.md`",
     ),
     (
         "`--te-precision-config-file`",

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from megatron_llep.config import LLEPConfig
 
 
+_FP8_BYTES = {"tensorwise": 1, "blockwise": 1, "mxfp8": 2}
+"""Of a quantised parameter that is lent, by recipe: rows, in `mxfp8` columns as well. Scales, which
+are 1/32 of that at most, are left out."""
+
+
 def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost | None:
     """The cost of a model's MoE layers, as one rank holds them; None without a cost model.
 
@@ -31,6 +36,7 @@ def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost
         top_k=config.moe_router_topk,
         gated=config.gated_linear_unit,
         bytes_per_element=weight_bytes,
+        bytes_per_weight=_FP8_BYTES.get(config.fp8_recipe) if config.fp8_param else None,
         bytes_per_gradient=gradient_bytes,
         refetch=refetch,
         scatter_from=llep.scatter_from,

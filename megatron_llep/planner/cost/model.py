@@ -60,7 +60,9 @@ class LayerShape:
     gated: bool = True
     """Three matrices an expert (SwiGLU) instead of two."""
     bytes_per_element: int = 2
-    """Of weights and tokens."""
+    """Of tokens, and of weights if nothing else is said."""
+    bytes_per_weight: int | None = None
+    """Of the weights that are lent; None: as tokens."""
     bytes_per_gradient: int = 4
     """Of the weight gradients that return."""
     refetch: bool = False
@@ -74,9 +76,14 @@ class LayerShape:
         return (3 if self.gated else 2) * self.hidden * self.ffn_hidden
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of one number of a lent expert's weights."""
+        return self.bytes_per_element if self.bytes_per_weight is None else self.bytes_per_weight
+
+    @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert's weights."""
-        return self.expert_weights * self.bytes_per_element
+        """Bytes of one expert's weights, as they are lent."""
+        return self.expert_weights * self.weight_bytes
 
     @property
     def gradient_bytes(self) -> int:
@@ -191,7 +198,7 @@ class CostModel:
         lending = returning = planning = 0
         if not plan.is_fallback:
             traffic = count_lending(plan, shape.expert_weights, shape.scatter_from, topology)
-            lending = self._time_transfers(traffic, shape.bytes_per_element, tokens)
+            lending = self._time_transfers(traffic, shape.weight_bytes, tokens)
             if shape.refetch:  # again, beside the backward of combine
                 lending *= 2
             returning = self._time_transfers(traffic, shape.bytes_per_gradient, tokens)

@@ -52,6 +52,11 @@ def test_the_shape_is_the_layers(tmp_path):
     assert cost.shape.gradient_bytes == cost.shape.expert_bytes
     assert not cost.shape.refetch
 
+    config.fp8_recipe, config.fp8_param = "blockwise", True
+    cost = get_layer_cost(config, llep)
+    assert cost.shape.expert_bytes == 2 * 16 * 12
+    assert cost.shape.token_bytes == 16 * 2
+
 
 def test_auto_needs_a_cost_model():
     with pytest.raises(ValueError, match=r"--moe-llep-planner auto.*--moe-llep-cost-model"):
