@@ -327,3 +327,8 @@ def test_other_classes_are_refused():
     module.weight0._quantizer = te.Float8Quantizer(torch.ones(1), torch.zeros(1), DType.kFloat8E4M3)
     with pytest.raises(ValueError, match=r"--fp8-param-gather: experts\.weight0 .*Float8Quantizer"):
         check_lendable(module)
+    module.weight0 = torch.nn.Parameter(quantise(torch.randn(64, 64), "mxfp8"))
+    check_lendable(module)
+    module.weight0._with_gemm_swizzled_scales = True
+    with pytest.raises(ValueError, match=r"--fp8-param-gather: experts\.weight0 .*swizzled"):
+        check_lendable(module)
