@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
         verdict = judge(flags, reader)
         refused += bool(verdict.refused)
         print(format_verdict(name, verdict), end="\n\n")
-    print(f"{len(cases) - refused} of {len(cases)} start with --moe-llep")
+    if cases:
+        print(f"{len(cases) - refused} of {len(cases)} start with --moe-llep")
     if unreadable:
         raise ValueError("\n".join(unreadable))
     return 1 if refused else 0
