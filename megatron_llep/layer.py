@@ -7,9 +7,10 @@ on to the next (`placement.forward`); the layer itself keeps settings only.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Concatenate
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -42,6 +43,22 @@ from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import record_exchange, record_plan
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, read, take
 from megatron_llep.validation import check_config, check_layer
+
+
+def _tells_place[**P, R](
+    method: Callable[Concatenate["LLEPMoELayer", P], R],
+) -> Callable[Concatenate["LLEPMoELayer", P], R]:
+    """Let an error from within a step say which layer and micro-batch it was.
+
+    Each step by itself, as a schedule may run them one by one.
+    """
+
+    @wraps(method)
+    def run(self: "LLEPMoELayer", *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.shared_lending.progress.told_in_errors():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class LLEPMoELayer(MoELayer):
@@ -114,11 +131,6 @@ class LLEPMoELayer(MoELayer):
         # Between a backward and its `backward_dw`, which follows before the layer's next backward.
         self._put_off: deque[WeightLoan] = deque()
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As `MoELayer.forward`; an error from within says which layer and micro-batch it was."""
-        with self.shared_lending.progress.told_in_errors():
-            return super().forward(hidden_states, *args, **kwargs)
-
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Put shared experts off until counts travel: see `route`.
 
@@ -127,6 +139,7 @@ class LLEPMoELayer(MoELayer):
         at_once = self._is_cut or is_graph_capturing()
         return super().shared_experts_compute(hidden_states) if at_once else None
 
+    @_tells_place
     def route(
         self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,6 +175,7 @@ class LLEPMoELayer(MoELayer):
         hand_on(replace(routed, shared_output=shared_output), routing_map)
         return probs, routing_map
 
+    @_tells_place
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,6 +202,7 @@ class LLEPMoELayer(MoELayer):
             relay(loan, rows)
         return rows, probs
 
+    @_tells_place
     def dispatch(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +212,7 @@ class LLEPMoELayer(MoELayer):
         self._record(read(Placed, tokens))
         return tokens, probs
 
+    @_tells_place
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
@@ -220,6 +236,7 @@ class LLEPMoELayer(MoELayer):
                 settle(loan, outputs)
         return dispatcher.sort_by_source(placed, outputs, parts), None
 
+    @_tells_place
     def combine(self, output: torch.Tensor) -> torch.Tensor:
         """As `MoELayer.combine`."""
         with step("combine"):
@@ -229,6 +246,7 @@ class LLEPMoELayer(MoELayer):
             refetch(loan, output)
         return output
 
+    @_tells_place
     def postprocess(
         self, output: torch.Tensor, shared_expert_output: torch.Tensor | None
     ) -> torch.Tensor:

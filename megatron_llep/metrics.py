@@ -109,6 +109,8 @@ class LLEPMetricsTracker(MoEMetricsTracker):
         self._plans: dict[int, int] = {}
         self._recorded: dict[int, dict[str, np.ndarray]] = {}
         self._sharers: dist.ProcessGroup | None = None
+        self.told: set[str] = set()
+        """What a user was told at start-up. Megatron keeps the tracker as long as the process."""
 
     def record_layer(self, layer: int, values: Mapping[str, float]) -> None:
         """Add one plan's metrics; `layer` counts from 0 over the whole model."""
@@ -189,11 +191,13 @@ class LLEPMetricsTracker(MoEMetricsTracker):
         return table.cpu().numpy()
 
 
-def install_tracker() -> None:
+def install_tracker() -> LLEPMetricsTracker:
     """Put our tracker in the place of Megatron's; call it on every rank, with MoE layers or not."""
     tracker = get_moe_metrics_tracker()
     if not isinstance(tracker, LLEPMetricsTracker):
-        set_moe_metrics_tracker(LLEPMetricsTracker(tracker.metrics))
+        tracker = LLEPMetricsTracker(tracker.metrics)
+        set_moe_metrics_tracker(tracker)
+    return tracker
 
 
 def record_plan(

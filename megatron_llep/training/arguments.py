@@ -8,7 +8,10 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
-from megatron_llep.integration.settings.table import read_arguments_as_config
+from megatron_llep.integration.settings.table import (
+    read_arguments_as_config,
+    replace_settings,
+)
 from megatron_llep.validation import check_config
 
 _DATA_ARGUMENTS = (
@@ -48,8 +51,26 @@ def read_arguments(
     llep = llep_config_from_args(args)
     # ... and after it: it derives some settings and may take others from a checkpoint.
     if llep.enabled:
-        check_config(core_transformer_config_from_args(args), llep)
+        what_runs, _ = say_what_runs(args, llep)
+        check_config(core_transformer_config_from_args(what_runs), llep)
     return args, llep
+
+
+def say_what_runs(args: Namespace, llep: LLEPConfig) -> tuple[Namespace, list[str]]:
+    """A copy of the arguments that says what runs, for Megatron to make a configuration of.
+
+    Where a GPU or a package is missing, Megatron's configuration cannot be made with all that LLEP
+    replaces.
+
+    Returns:
+        The copy, and the notices.
+    """
+    copied = Namespace(**vars(args))
+    if not llep.enabled or args.expert_model_parallel_size == 1:
+        return copied, []
+    if args.cuda_graph_modules:
+        copied.cuda_graph_modules = list(args.cuda_graph_modules)  # or the user's would change
+    return copied, replace_settings(copied)
 
 
 def check_as_given(args: Namespace) -> LLEPConfig:

@@ -26,6 +26,8 @@ class GpuFlag:
     refused: tuple[str, ...] = ()
     """The values that cannot work; empty: all but those that work."""
     works: tuple[str, ...] = ()
+    replaced: bool = False
+    """Whether LLEP runs something else in its place, which needs no GPU."""
 
     def is_refused(self, values: Sequence[str]) -> bool:
         """Whether the flag cannot work with these values; a flag without values has none."""
@@ -63,10 +65,17 @@ GPU_FLAGS = (
     GpuFlag("--recompute-modules", _TE, refused=("layernorm", "moe_act")),
     # Experts
     GpuFlag("--moe-grouped-gemm", "Megatron's grouped GEMM needs Transformer Engine and a GPU"),
-    GpuFlag("--moe-permute-fusion", "the fused permutation needs Transformer Engine and a GPU"),
+    GpuFlag(
+        "--moe-permute-fusion",
+        "the fused permutation needs Transformer Engine and a GPU",
+        replaced=True,
+    ),
     GpuFlag("--moe-router-fusion", "the fused router needs Transformer Engine and a GPU"),
-    GpuFlag("--moe-token-dispatcher-type", "its back ends need GPUs", refused=("flex",)),
-    GpuFlag("--moe-enable-deepep", "DeepEP needs GPUs"),
+    GpuFlag(
+        "--moe-token-dispatcher-type", "its back ends need GPUs", refused=("flex",), replaced=True
+    ),
+    GpuFlag("--moe-enable-deepep", "DeepEP needs GPUs", replaced=True),
+    GpuFlag("--moe-permute-fusion-into-hybridep", "HybridEP needs GPUs", replaced=True),
     # Communication
     GpuFlag(
         "--context-parallel-size",
@@ -107,25 +116,36 @@ def flags_without_gpu(argv: Sequence[str]) -> list[str]:
         Flags that the user has not given already.
 
     Raises:
-        ValueError: a flag of the user contradicts one of them, or needs a GPU.
+        ValueError: flags of the user contradict some of them, or need a GPU; names them all.
     """
     given = _read_flags(argv)
+    is_replaced = _lends(given)
+    refusals = []
     for gpu_flag in GPU_FLAGS:
         values = given.get(gpu_flag.flag)
-        if values is not None and gpu_flag.is_refused(values):
-            what = " ".join([gpu_flag.flag, *values])
-            raise ValueError(f"{what}: {gpu_flag.reason}; leave the flag out where there is none")
+        if values is None or not gpu_flag.is_refused(values) or (gpu_flag.replaced and is_replaced):
+            continue
+        what = " ".join([gpu_flag.flag, *values])
+        refusals.append(f"{what}: {gpu_flag.reason}; leave the flag out where there is none")
     added = []
     for cpu_flag in CPU_FLAGS:
         values = given.get(cpu_flag.flag)
         if values is None:
             added += cpu_flag.words
         elif [cpu_flag.flag, *values] != cpu_flag.words:
-            raise ValueError(
+            refusals.append(
                 f"{' '.join([cpu_flag.flag, *values])}: without a GPU only "
                 f"{' '.join(cpu_flag.words)} works; leave the flag out"
             )
+    if refusals:
+        raise ValueError("\n".join(refusals))
     return added
+
+
+def _lends(given: dict[str, list[str]]) -> bool:
+    """Whether experts are lent, and LLEP's replacements run."""
+    size = given.get("--expert-model-parallel-size", ["1"])
+    return "--moe-llep" in given and size != ["1"]
 
 
 def _read_flags(argv: Sequence[str]) -> dict[str, list[str]]:

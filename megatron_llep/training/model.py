@@ -11,8 +11,9 @@ from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.local_spec import build_local_block_spec
 from megatron_llep.integration.settings.notices import Notices
-from megatron_llep.integration.settings.table import replace_in_arguments, replace_settings
+from megatron_llep.integration.settings.table import replace_in_loop
 from megatron_llep.lending.progress import Progress
+from megatron_llep.training.arguments import say_what_runs
 
 
 def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> GPTModelConfig:
@@ -20,14 +21,14 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
 
     The layers tell `progress` where this rank is.
     """
-    config = gpt_config_from_args(args)
+    what_runs, replaced = say_what_runs(args, llep)
+    config = gpt_config_from_args(what_runs)
     if config.transformer_layer_spec is None and config.transformer.transformer_impl == "local":
         config.transformer_layer_spec = _local_layers
     notices = Notices()
+    notices.add(replaced)
     if llep.enabled and args.expert_model_parallel_size > 1:
-        # Before Megatron builds a dispatcher to no purpose, whose package may not be there.
-        notices.add(replace_settings(config.transformer))
-        replace_in_arguments(args)
+        replace_in_loop(args)
     config.pre_wrap_hooks.append(
         partial(convert_model, config=llep, progress=progress, notices=notices)
     )

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -100,13 +101,25 @@ def test_a_rank_that_raises_ends_both(place):
     assert "KeyError" not in survivor.error
 
 
-def test_an_error_in_a_layer_names_it_with_no_help_from_the_script():
+# Its schedule runs the steps of a layer one by one. Megatron wants the flag; this is fp32.
+OVERLAPPED = replace(
+    RUN,
+    config={
+        "overlap_moe_expert_parallel_comm": True,
+        "bf16": True,
+        "attention_softmax_in_fp32": False,
+    },
+)
+
+
+@pytest.mark.parametrize("run", [RUN, OVERLAPPED], ids=["layers", "steps"])
+def test_an_error_in_a_layer_names_it_with_no_help_from_the_script(run):
     def work(rank):
         def spoil(chunks):
             convert_model(chunks, EAGER)
             chunks[0].decoder.layers[1].mlp.experts.forward = lambda *_: throw()
 
-        train(RUN, transform_model=spoil)
+        train(run, transform_model=spoil)
 
     for ending in end_ranks(work, 2, pg_timeout=60):
         assert "KeyError: 'the cause'" in ending.error

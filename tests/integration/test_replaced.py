@@ -8,17 +8,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import skip_routed_expert_padding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_llep.experts.te_grouped import leave_fused_operations
-from megatron_llep.integration.convert import convert_model
+from megatron_llep.integration.convert import convert_model, with_llep
 from megatron_llep.integration.settings.table import (
     SETTINGS,
     find_notices,
     find_refusals,
-    replace_in_arguments,
+    replace_in_loop,
     replace_settings,
 )
 from support.layout import Layout, use_layout
@@ -96,7 +97,7 @@ def test_arguments_say_what_megatrons_loop_reads_there():
         moe_expert_rank_capacity_factor=1.5,
         moe_token_dispatcher_type="flex",
     )
-    replace_in_arguments(args)
+    replace_in_loop(args)
     assert args.moe_expert_rank_capacity_factor is None
     assert args.moe_token_dispatcher_type == "flex"
 
@@ -191,6 +192,7 @@ def test_nobody_to_lend_to(seam):
             plain = train(run)
             with contextlib.redirect_stdout(io.StringIO()) as told:
                 mine = train_with_llep(run, replace(EAGER, replicas="expert-dp"), seam)
+                with_llep(MoELayer, EAGER)  # as of another chunk
             assert_same_run(mine, plain, loss_tolerance=0, gradient_tolerance=0)
             assert mine.observed.plans == 0
         return told.getvalue()

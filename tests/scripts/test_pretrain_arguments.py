@@ -197,3 +197,18 @@ def test_graphs_of_planning_alone_are_not_captured(use_command_line):
         global_vars.unset_global_variables()
     for each in (args, config):
         assert (each.cuda_graph_impl, each.cuda_graph_modules) == ("none", [])
+
+
+def test_what_llep_replaces_makes_a_configuration_without_a_gpu(use_command_line):
+    flags = ["--moe-token-dispatcher-type", "flex", "--moe-enable-deepep", "--moe-permute-fusion"]
+    flags += ["--moe-permute-fusion-into-hybridep", "--moe-router-padding-for-quantization"]
+    flags += ["--no-rope-fusion"]
+    use_command_line(tiny_flags(*DATA, *flags))
+    try:
+        args, llep = read_arguments(lambda parser: parser, check_pretraining)
+        config = build_model_config(args, llep, Progress()).transformer
+    finally:
+        global_vars.unset_global_variables()
+    assert config.moe_token_dispatcher_type == "alltoall"
+    assert not config.moe_permute_fusion
+    assert args.moe_token_dispatcher_type == "flex"  # as the user gave it, for checkpoints

@@ -69,6 +69,34 @@ def test_contrary_flags_are_named(argv, named):
     assert named in str(error.value)
 
 
+REPLACED = [
+    *("--moe-token-dispatcher-type", "flex", "--moe-enable-deepep"),
+    *("--moe-permute-fusion", "--moe-permute-fusion-into-hybridep"),
+]
+LENDING = ["--moe-llep", "--expert-model-parallel-size", "2"]
+
+
+def test_what_llep_replaces_needs_no_gpu():
+    assert flags_without_gpu(REPLACED + LENDING) == ADDED
+    # With one expert-parallel rank plain Megatron runs.
+    for plain in ([], ["--moe-llep"], [*LENDING, "--expert-model-parallel-size=1"], LENDING[1:]):
+        with pytest.raises(ValueError, match="GPU") as error:
+            flags_without_gpu(REPLACED + plain)
+        assert all(flag in str(error.value) for flag in REPLACED if flag.startswith("--"))
+
+
+def test_all_contrary_flags_are_named_at_once():
+    argv = ["--fp8-format", "hybrid", "--transformer-impl", "transformer_engine", *REPLACED]
+    with pytest.raises(ValueError, match="GPU") as error:
+        flags_without_gpu([*argv, *LENDING, "--moe-grouped-gemm"])
+    named = [line.split(":")[0] for line in str(error.value).splitlines()]
+    assert named == [
+        "--fp8-format hybrid",
+        "--moe-grouped-gemm",
+        "--transformer-impl transformer_engine",
+    ]
+
+
 @pytest.mark.parametrize(
     "argv",
     [

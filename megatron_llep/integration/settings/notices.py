@@ -5,6 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_llep.metrics import install_tracker
+
 NOBODY_TO_LEND_TO = (
     "--moe-llep: with one expert-parallel rank there is nobody to lend to, so plain Megatron runs; "
     "use --expert-model-parallel-size 2 or more, or leave --moe-llep out"
@@ -12,10 +14,13 @@ NOBODY_TO_LEND_TO = (
 
 
 class Notices:
-    """Collects lines and prints each of them once, in a block."""
+    """Collects lines and prints them in a block; each once in a process.
+
+    Also where a model is built chunk by chunk, each from a specification of its own.
+    """
 
     def __init__(self) -> None:
-        self._lines: dict[str, bool] = {}  # in order; whether it has been told
+        self._lines: dict[str, None] = {}  # in order
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Notices":
         """Itself: layers built from a copied specification tell what they have to tell once."""
@@ -23,12 +28,12 @@ class Notices:
 
     def add(self, lines: Iterable[str]) -> None:
         """Collect lines; those that are there already are not told again."""
-        for line in lines:
-            self._lines.setdefault(line, False)
+        self._lines |= dict.fromkeys(lines)
 
     def tell(self) -> None:
         """Print on rank 0 what has not been told."""
-        lines = [line for line, is_told in self._lines.items() if not is_told]
-        self._lines = dict.fromkeys(self._lines, True)
+        told = install_tracker().told
+        lines = [line for line in self._lines if line not in told]
+        told.update(lines)
         if lines and dist.get_rank() == 0:
             print("\n  ".join(["megatron_llep:", *lines]), flush=True)

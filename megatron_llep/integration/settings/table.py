@@ -60,8 +60,8 @@ def replace_settings(config: Any) -> list[str]:
     return notices
 
 
-def replace_in_arguments(args: Namespace) -> None:
-    """Make Megatron's arguments say what runs, where its training loop reads them itself.
+def replace_in_loop(args: Namespace) -> None:
+    """Make Megatron's arguments say what runs, in place, where its training loop reads them itself.
 
     Others are left as given: they are stored in checkpoints.
     """

@@ -25,43 +25,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="RECIPE.yaml",
-        help="flags under MODEL_ARGS, or under the names of many configurations; after -- flags of "
-        "Megatron's, which are added to each configuration, or are one by themselves",
+        help="flags under MODEL_ARGS, or under the names of many configurations; or a shell "
+        "script, which is read and not run; after -- flags of Megatron's, which are added to each "
+        "configuration, or are one by themselves",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found; 1 if something is refused, else 0."""
-    cases = collect(args.words)
     reader = FlagReader()
+    cases, unreadable = collect(args.words, reader)
     refused = 0
     for name, flags in cases.items():
         verdict = judge(flags, reader)
         refused += bool(verdict.refused)
         print(format_verdict(name, verdict), end="\n\n")
-    print(f"{len(cases) - refused} of {len(cases)} start with --moe-llep")
+    if cases:
+        print(f"{len(cases) - refused} of {len(cases)} start with --moe-llep")
+    if unreadable:
+        raise ValueError("\n".join(unreadable))
     return 1 if refused else 0
 
 
-def collect(words: list[str]) -> dict[str, Flags]:
-    """The configurations that a command line names, by name.
+def collect(words: list[str], reader: FlagReader) -> tuple[dict[str, Flags], list[str]]:
+    """The configurations that a command line names, by name; and why some files have none.
 
     Args:
         words: files, then flags.
+        reader: knows Megatron's flags.
 
     Raises:
-        ValueError: there is none, or a file cannot be read.
+        ValueError: nothing is named.
     """
     is_flag = [word.startswith("--") for word in words]
     end = is_flag.index(True) if any(is_flag) else len(words)
     extra = parse_extra(words[end:])
     cases: dict[str, Flags] = {}
+    unreadable: list[str] = []
     for path in words[:end]:
-        for name, flags in read_cases(Path(path)).items():
+        try:
+            found = read_cases(Path(path), reader.knows)
+        except ValueError as error:
+            unreadable.append(str(error))
+            continue
+        for name, flags in found.items():
             cases[name if name not in cases else f"{path}: {name}"] = flags | extra
-    if not cases and not extra:
+    if not words:
         raise ValueError("nothing to check: give a RECIPE.yaml, or -- and Megatron's flags")
-    return cases or {"the flags given": extra}
+    return cases or ({"the flags given": extra} if end == 0 else {}), unreadable
 
 
 def format_verdict(name: str, verdict: CaseVerdict) -> str:

@@ -111,6 +111,141 @@ def write(folder, name, text):
     return path
 
 
+@pytest.mark.parametrize("name", ["--moe-router-topk", "--moe_router_topk", "moe_router_topk"])
+@pytest.mark.parametrize("value", [128, "128", "'128'", [128]])
+def test_names_and_values_as_others_write_them(reader, name, value):
+    verdict = judge(MOE | {name: value, "bf16": True, "fp8": None, "--swiglu": "true"}, reader)
+    assert "every token goes to all" in verdict.lending
+    assert not verdict.unknown
+
+
+@pytest.mark.parametrize("value", ["false", False, None, 0])
+def test_flags_that_are_off(reader, value):
+    verdict = of(reader, use_megatron_fsdp=value, tp_comm_overlap=value)
+    assert not verdict.refused + verdict.untried + verdict.unknown
+    # Under the name that Megatron's arguments have, of what the flag switches off.
+    by_name = judge(MOE | {"gradient_accumulation_fusion": value}, reader)
+    assert not by_name.unknown
+
+
+def test_a_layout_that_is_not_filled_in_is_judged_as_one_that_lends(reader):
+    size = "--expert-model-parallel-size"
+    verdict = of(reader, expert_model_parallel_size="${EP}", use_megatron_fsdp=True)
+    assert verdict.lending.startswith("EP ${EP}, 128 experts: ")
+    assert f"give {size} NUMBER after --" in verdict.lending
+    assert [line.split(":")[0] for line in verdict.refused] == ["--use-megatron-fsdp True"]
+    (left_open,) = verdict.unknown
+    assert left_open.startswith(f"{size} ${{EP}}: not filled in")
+    verdict = of(reader, num_experts="$EXPERTS")
+    assert verdict.lending.startswith("EP 8, $EXPERTS experts: ")
+    assert not verdict.refused
+
+
+PLACEHOLDERS = """
+ENV_VARS: {EP: 4, SIZE: "${TP:-2}", TP: "${TP:-1}"}
+MODEL_ARGS:
+  --num-experts: ${EXPERTS:-8}
+  --expert-model-parallel-size: ${EP}
+  --tensor-model-parallel-size: $SIZE
+  --micro-batch-size: ${MBS}
+"""
+
+PRIMUS = """
+workspace: ${WORKSPACE:./output}
+modules:
+  pre_trainer:
+    framework: megatron
+    model: ${MODEL:moe}.yaml
+    overrides:
+      expert_model_parallel_size: ${PRIMUS_EP:8}
+      moe_token_dispatcher_type: flex
+      lr_decay_iters: null
+"""
+
+SCRIPT = """
+#!/bin/bash
+# --num-experts 3
+EP=${EP:-4}; SIZES="a b"
+if [ $1 = big ]; then
+    HIDDEN=128
+else
+    HIDDEN=64
+fi
+moe_options=" \
+    --moe-grouped-gemm \
+    --num-experts 16 --moe-layer-freq '([0]*1+[1]*3)'
+"
+ARGS=(
+    --expert-model-parallel-size $EP  # of experts
+    --moe-router-topk=2
+    --hidden-size ${HIDDEN}
+    --seq-length $((1024 * 2)) --bf16)
+echo "start --use-megatron-fsdp"
+torchrun --nproc-per-node 8 train.py ${ARGS[@]} ${moe_options} --swiglu "$@" 2>&1 | tee log
+"""
+
+
+def test_variables_are_filled_in(tmp_path, reader):
+    (flags,) = read_cases(write(tmp_path, "a.yaml", PLACEHOLDERS), reader.knows).values()
+    assert flags == {
+        "--num-experts": "8",
+        "--expert-model-parallel-size": "4",
+        "--tensor-model-parallel-size": "1",
+        "--micro-batch-size": "${MBS}",
+    }
+
+
+def test_primus(tmp_path, reader):
+    recipe = write(tmp_path, "a.yaml", PRIMUS)
+    (flags,) = read_cases(recipe, reader.knows).values()
+    assert judge(flags, reader).lending.startswith("EP 8, $(in moe.yaml) experts")
+    models = tmp_path / "primus/configs/models/megatron"
+    models.mkdir(parents=True)
+    write(models, "base.yaml", "num_experts: 8\nexpert_model_parallel_size: 1")
+    write(models, "moe.yaml", "extends: [base.yaml]\nnum_experts: 64\nown_key: 1")
+    (flags,) = read_cases(recipe, reader.knows).values()
+    verdict = judge(flags, reader)
+    assert verdict.lending.startswith("EP 8, 64 experts")
+    assert [line.split(":")[0] for line in verdict.notices] == ["--moe-token-dispatcher-type flex"]
+    assert verdict.unknown == ["own_key: no flag of Megatron's or LLEP's"]
+
+
+def test_a_script(tmp_path, reader):
+    ((name, flags),) = read_cases(write(tmp_path, "a.sh", SCRIPT), reader.knows).items()
+    assert name == "a.sh, all its branches"
+    assert flags == {
+        "--moe-grouped-gemm": True,
+        "--num-experts": ["16"],
+        "--moe-layer-freq": ["([0]*1+[1]*3)"],
+        "--expert-model-parallel-size": ["4"],
+        "--moe-router-topk": ["2"],
+        "--hidden-size": ["${HIDDEN}"],
+        "--seq-length": ["$((1024*2))"],
+        "--bf16": True,
+        "--nproc-per-node": ["8", "train.py"],
+        "--swiglu": True,
+    }
+    verdict = judge(flags, reader)
+    assert verdict.lending == "EP 4, 16 experts, 4 a rank: lending can help"
+    assert not verdict.refused
+
+
+def test_flags_of_several_commands_stay_open(tmp_path, reader):
+    text = "train --num-experts 8\ntrain --num-experts 16\n"
+    (flags,) = read_cases(write(tmp_path, "a.sh", text), reader.knows).values()
+    assert judge(flags, reader).unknown[0].startswith("--num-experts $(8 or 16): not filled in")
+    with pytest.raises(ValueError, match="after --"):
+        read_cases(write(tmp_path, "b.sh", "python train.py trainer.size=8"), reader.knows)
+
+
+def test_a_file_that_cannot_be_read_does_not_hide_the_others(tmp_path, capsys):
+    good, bad = write(tmp_path, "a.yaml", RECIPE), write(tmp_path, "b.yaml", "a: 1")
+    assert main(["check", str(bad), str(good)]) == 2
+    said = capsys.readouterr()
+    assert "1 of 1 start with --moe-llep" in said.out
+    assert "b.yaml: no flags found" in said.out + said.err
+
+
 def test_files_and_flags(tmp_path, capsys):
     recipe, cases = write(tmp_path, "a.yaml", RECIPE), write(tmp_path, "b.yaml", CASES)
     assert main(["check", str(recipe), str(cases)]) == 1
@@ -122,13 +257,13 @@ def test_files_and_flags(tmp_path, capsys):
     assert main(["check"]) == 2
 
 
-def test_own_configurations_with_a_base(tmp_path):
+def test_own_configurations_with_a_base(tmp_path, reader):
     write(tmp_path, "base.yaml", "MODEL_ARGS: {--num-experts: 8}")
     path = write(tmp_path, "own.yaml", "BASE: base.yaml\nLLEP_ARGS: {--moe-llep: true}")
-    assert read_cases(path) == {"own.yaml": {"--num-experts": 8, "--moe-llep": True}}
+    assert read_cases(path, reader.knows) == {"own.yaml": {"--num-experts": 8, "--moe-llep": True}}
 
 
 @pytest.mark.parametrize("text", ["just text", "a: 1", "MODEL_ARGS: 3", "- 1"])
-def test_a_file_without_flags(tmp_path, text):
+def test_a_file_without_flags(tmp_path, reader, text):
     with pytest.raises(ValueError, match=r"no flags found|MODEL_ARGS"):
-        read_cases(write(tmp_path, "none.yaml", text))
+        read_cases(write(tmp_path, "none.yaml", text), reader.knows)
