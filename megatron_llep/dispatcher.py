@@ -201,6 +201,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             tp_rank=self.tp_rank,
             order=self.llep.token_assignment,
             topology=self.topology,
+            device=rows.device,
         )
         placed = Placed(
             **vars(planned),
@@ -247,16 +248,14 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
                 output_split_sizes=placed.exchange.gathered,
             )
             tokens, probs = gather(tokens), gather(probs)
-        of_parts = (
-            split_by_slot(each, placed.exchange.rows_per_source, parts) for each in (tokens, probs)
-        )
+        by_slot, per_slot = placed.exchange.by_slot, placed.exchange.rows_per_slot
+        sizes = [int(of_part.sum()) for of_part in per_slot.split(list(parts))]
+        of_parts = (split_by_slot(each, by_slot, sizes) for each in (tokens, probs))
         return list(zip(*of_parts, strict=True))
 
-    def sort_by_source(
-        self, placed: Placed, outputs: Sequence[torch.Tensor], parts: Sequence[int]
-    ) -> torch.Tensor:
-        """Put outputs [n, H] of the same parts back in the order of arrival: [N, H]."""
-        hidden = join_by_source(outputs, placed.exchange.rows_per_source, parts)
+    def sort_by_source(self, placed: Placed, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Put outputs [n, H] of all parts back in the order of arrival: [N, H]."""
+        hidden = join_by_source(outputs, placed.exchange.by_slot)
         if self.tp_size > 1:
             hidden = reduce_scatter_to_sequence_parallel_region(
                 hidden.to(placed.probs_dtype),
@@ -286,7 +285,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Undo `dispatch_postprocess`: [N, H], by slot -> [N, H], as they arrived."""
         placed, self._arrived = self._arrived, None
         assert placed is not None, "tokens are combined once, after they were dispatched"
-        return self.sort_by_source(placed, [hidden_states], (len(placed.exchange.rows_per_slot),))
+        return self.sort_by_source(placed, [hidden_states])
 
     def token_combine(self, hidden_states: torch.Tensor, *args: bool) -> torch.Tensor:
         """Exchange rows [N, H] back; overlapping shared experts run their second linear."""

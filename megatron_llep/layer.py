@@ -234,7 +234,7 @@ class LLEPMoELayer(MoELayer):
             else:
                 outputs = self.lendable.compute(rows, per_slot, partial(lend, loan))
                 settle(loan, outputs)
-        return dispatcher.sort_by_source(placed, outputs, parts), None
+        return dispatcher.sort_by_source(placed, outputs), None
 
     @_tells_place
     def combine(self, output: torch.Tensor) -> torch.Tensor:

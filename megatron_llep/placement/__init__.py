@@ -9,12 +9,13 @@ no sort over tokens is needed.
     order_chunks   plan -> chunks by slot               on the host
     place_tokens   pairs, chunks -> order of sending
     gather_rows    tokens -> rows in that order, and sum_rows back
+    order_by_slot  plan -> order of the rows that arrive
     split_by_slot  rows that arrived -> rows by slot, and join_by_source back
 
 On GPUs these are Triton kernels, on CPUs torch operators.
 """
 
-from megatron_llep.placement.arrivals import join_by_source, split_by_slot
+from megatron_llep.placement.arrivals import join_by_source, order_by_slot, split_by_slot
 from megatron_llep.placement.chunks import order_chunks
 from megatron_llep.placement.pairs import Pairs, Placement
 from megatron_llep.placement.rows import gather_rows, sum_rows
@@ -26,6 +27,7 @@ __all__ = [
     "gather_rows",
     "join_by_source",
     "list_pairs",
+    "order_by_slot",
     "order_chunks",
     "place_tokens",
     "split_by_slot",

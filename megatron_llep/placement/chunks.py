@@ -1,10 +1,11 @@
 """Chunks: a source's pairs of one (expert, holder), in the order of physical slots.
 
 Letters: D replicas of an expert (1, unless tokens are spread over replicas), E experts, P ranks,
-M native slots a rank, S foreign slots a rank, C chunks.
+M native slots a rank, S foreign slots a rank, C chunks, N rows.
 """
 
 import numpy as np
+import torch
 
 
 def order_chunks(
@@ -34,3 +35,30 @@ def order_chunks(
     assert (slot >= 0).all(), "the plan sends tokens to a rank that does not hold their expert"
     order = np.argsort(rank * slots_per_rank + slot, kind="stable")
     return np.stack((first[order], length[order])).astype(np.int64, copy=False)
+
+
+def list_rows(chunks: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The rows of chunks, one chunk after another, without a host sync.
+
+    Args:
+        chunks: int64 [2, C], first row and length of each.
+        device: where the rows are to be listed.
+
+    Returns:
+        int64 [N].
+    """
+    first, length = chunks
+    num_rows = int(length.sum())
+    shift, length = to_device(np.stack((first + length - length.cumsum(), length)), device)
+    row = torch.arange(num_rows, device=device)
+    return row.add_(shift.repeat_interleave(length, output_size=num_rows))
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy to a device, without holding up the host.
+
+    From pageable memory the host would wait for the copy. Pinned memory is not given out again
+    before a copy from it has run: torch's allocator sees to that.
+    """
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

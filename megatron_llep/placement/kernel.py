@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_llep.placement.chunks import to_device
 from megatron_llep.placement.pairs import Pairs, Placement
 
 _TILE_TOKENS, _TILE_EXPERTS = 32, 64
@@ -64,7 +65,9 @@ def place_pairs(pairs: Pairs, chunks: np.ndarray, num_experts: int) -> Placement
     first, length = chunks
     end = np.cumsum(length)
     num_pairs, num_chunks = int(length.sum()), len(length)
-    table = _to_device(np.stack((end, first - end + length)).astype(np.int32), pairs.pair_index)
+    table = to_device(
+        np.stack((end, first - end + length)).astype(np.int32), pairs.pair_index.device
+    )
     token_index = pairs.pair_index.new_empty(num_pairs)
     pair_index = torch.empty_like(token_index)
     rows_by_token = pairs.by_token.new_empty(num_pairs)
@@ -110,16 +113,6 @@ def sum_rows(
             COLUMNS=_COLUMNS_PER_PROGRAM,
         )
     return output
-
-
-def _to_device(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """Copy to where `like` is, without holding up the host.
-
-    From pageable memory the host would wait for the copy. Pinned memory is not given out again
-    before a copy from it has run: torch's allocator sees to that.
-    """
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
 
 
 # do_not_specialize: numbers that change from one micro-batch to the next must not compile a kernel

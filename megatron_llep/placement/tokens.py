@@ -6,6 +6,7 @@ Letters: T tokens of this rank, E experts, N (token, expert) pairs of this rank,
 import numpy as np
 import torch
 
+from megatron_llep.placement.chunks import list_rows
 from megatron_llep.placement.pairs import Pairs, Placement
 
 
@@ -45,9 +46,5 @@ def place_tokens(
         from megatron_llep.placement import kernel
 
         return kernel.place_pairs(pairs, chunks, num_experts)
-    first, length = torch.from_numpy(chunks)
-    shift = first - (length.cumsum(0) - length)
-    row = torch.arange(num_pairs)
-    row += shift.repeat_interleave(length, output_size=num_pairs)
-    pair_index = pairs.pair_index.index_select(0, row)
+    pair_index = pairs.pair_index.index_select(0, list_rows(chunks, routing_map.device))
     return Placement(token_index=pair_index // num_experts, pair_index=pair_index)

@@ -55,7 +55,7 @@ def test_tokens_come_back(layout, pattern, way):
             # Every expert-tensor-parallel rank adds its share.
             outputs = [tokens * probs.unsqueeze(-1) / layout.expert_tp for tokens, probs in rows]
             if way == "apart":
-                output = dispatcher.sort_by_source(placed, outputs, parts)
+                output = dispatcher.sort_by_source(placed, outputs)
             else:
                 output = dispatcher.combine_preprocess(outputs[0])
             output = dispatcher.combine_postprocess(dispatcher.token_combine(output))
