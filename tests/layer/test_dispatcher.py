@@ -5,9 +5,12 @@ Experts are the identity, so what comes back must be what went out, whichever sl
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
+from megatron_llep.dispatcher import LLEPTokenDispatcher
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.placement.forward import Placed, Planned, take
+from megatron_llep.planner import slot_of_expert
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
@@ -69,3 +72,52 @@ def test_tokens_come_back(layout, pattern, way):
 
     foreign = run_ranks(work, layout.world_size)
     assert all(foreign)
+
+
+def test_without_a_layer_it_keeps_megatrons_contract():
+    """Rows by slot, their counts, and the way back, with every expert-tensor-parallel rank.
+
+    A row says where it comes from, its probability which expert it is for.
+    """
+    layout, K, T = Layout(tp=4, ep=2, etp=4), 2, 8
+
+    def work(rank, size):
+        with use_layout(layout):
+            config = make_config(Run(layout=layout))
+            E = config.num_moe_experts
+            M = E // layout.ep
+            group = get_default_pg_collection()
+            natives = [group.ep.rank() * M + native for native in range(M)]
+            dispatcher = LLEPTokenDispatcher(M, natives, config, group, llep=EAGER)
+            plans: list[Planned] = []
+            dispatcher.on_plan.append(plans.append)
+            generator = torch.Generator().manual_seed(rank)
+            routing_map = torch.zeros(T, E, dtype=torch.bool)
+            routing_map[:, 0] = True  # in every token, and one more
+            routing_map.scatter_(1, torch.randint(1, E, (T, 1), generator=generator), value=True)
+            first = 100 * (group.expt_tp.rank() * layout.ep + group.ep.rank())
+            hidden = torch.arange(first, first + T).float().view(T, 1, 1).repeat(1, 1, 4)
+            hidden.requires_grad_()
+            probs = torch.arange(1.0, E + 1).repeat(T, 1)
+
+            rows, probs = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+            rows, probs = dispatcher.token_dispatch(rows, probs)
+            rows, per_slot, probs = dispatcher.dispatch_postprocess(rows, probs)
+            plan = plans[-1].plan
+            assert per_slot.shape == (M + plan.max_foreign,)
+            assert int(per_slot.sum()) == len(rows) == len(probs)
+            slots = slot_of_expert(plan)[group.ep.rank()]
+            sizes = per_slot.tolist()
+            of_slots = zip(rows.split(sizes), probs.split(sizes), strict=True)
+            for slot, (sources, experts) in enumerate(of_slots):
+                assert (slots[experts.long().numpy() - 1] == slot).all()
+                assert (sources[:, 0].diff() > 0).all(), "not by source, then token"
+
+            output = dispatcher.combine_preprocess(rows / layout.expert_tp)
+            output = dispatcher.combine_postprocess(dispatcher.token_combine(output))
+            assert torch.equal(output, K * hidden)
+            output.backward(hidden.detach())
+            assert torch.equal(hidden.grad, K * hidden)
+            return int(per_slot[M:].sum())
+
+    assert max(run_ranks(work, layout.world_size)) > 0
