@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llep.placement import join_by_source, order_by_slot, split_by_slot
@@ -21,6 +21,7 @@ def arrivals(draw):
     return np.array(counts, dtype=np.int64).reshape(num_sources, -1), parts
 
 
+@settings(deadline=None)
 @given(arrivals(), st.sampled_from([(), (2,), (4,)]))
 def test_rows_are_sorted_and_come_back(case, shape):
     counts, parts = case
@@ -59,14 +60,34 @@ def test_rows_for_one_slot_are_not_copied():
     assert join_by_source([found], by_slot) is rows
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [24, 5])
 def test_every_bit_comes_back(dtype, columns):
+    check_bits(dtype, columns, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [24, 5])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_bit_comes_back_on_a_gpu(dtype, columns, deterministic):
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check_bits(dtype, columns, torch.device("cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_bits(dtype: torch.dtype, columns: int, device: torch.device) -> None:
     """Whatever the rows hold, and wherever in memory they begin."""
     generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(256, (7, columns * dtype.itemsize), generator=generator).byte()
+    bits = torch.randint(256, (7, columns * dtype.itemsize), generator=generator).byte().to(device)
     rows = bits.view(dtype)
-    by_slot = order_by_slot(np.array([[2, 0, 1], [1, 3, 0]]), CPU)
+    by_slot = order_by_slot(np.array([[2, 0, 1], [1, 3, 0]]), device)
+    assert by_slot.tolist() == [0, 1, 3, 4, 5, 6, 2]
     parts = split_by_slot(rows, by_slot, [3, 4])
     moved = [torch.cat((part.new_zeros(1), part.ravel()))[1:].view_as(part) for part in parts]
     for each in (parts, moved):
