@@ -42,9 +42,9 @@ NUM_RANKS = 8
 """P, as in the paper's Figure 4."""
 METHOD = f"""\
 Megatron's MoE layer, plain and with LLEP, forward and backward, with the same experts and the same
-routing of all {NUM_RANKS} ranks, one rank after another alone on one device. By CUDA events, medians of
-rounds after a warm-up, methods in turn. Of each case those ranks are run that have most pairs, most
-experts in use and most experts lent or borrowed; the slowest one counts.
+routing of all {NUM_RANKS} ranks, one rank after another alone on one device. By CUDA events,
+medians of rounds after a warm-up, methods in turn. Of each case the ranks are run that have most
+pairs, most experts in use and most experts lent or borrowed; the slowest one counts.
 In it: counting, planning, packing and unpacking lent weights, placing, gathering, sorting tokens,
 experts, their weight gradients in fp32, adding what returns. Not in it: the router, attention;
 activations are not fused.
@@ -114,7 +114,7 @@ def choose_ranks(plan: Plan) -> list[int]:
     """The ranks with most pairs, most experts in use, and most experts lent or borrowed."""
     moved = np.bincount(plan.transfers[:, 1:].ravel(), minlength=plan.num_ranks)
     most = (plan.load_per_rank_after, (plan.quota > 0).sum(axis=0), moved)
-    return sorted({int(each.argmax()) for each in most})
+    return sorted({int(each.argmax()) for each in most if each.any()})
 
 
 def measure_paths(job: PathJob) -> tuple[list[Row], list[str]]:
