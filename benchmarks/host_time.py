@@ -46,13 +46,15 @@ KINDS = {"SequentialMLP": "megatron", "grouped_mm": "grouped_mm"}
 """Of experts: the flag's value under which LLEP computes them."""
 PARTS = ("plan", "lend", "order", "receive")
 ROUNDS, WARM_UP = 100, 10
+CLOCK = time.thread_time
 METHOD = f"""\
 One rank (rank 0) of P runs the real layer, forward and backward, on one core; the others are not
 there: collectives return at once, with this rank's counts for every rank's. {TOKENS} tokens a rank,
 top-1, hidden size 16, planner tolerant, fp32: so small that what takes time is Python and the start
 of operators. On a GPU operators are launched instead of run, and LLEP's kernels place tokens.
 Plain Megatron's layer and LLEP's have the same experts and routing; they run in turn, each first in
-every second round, and every number is the median of the rounds, by itself.
+every second round, and every number is the median of the rounds, by itself, in seconds of the
+processor: what other processes do on a busy machine is left out, but for the caches.
   all      from the counts' arrival to the call of the token all-to-all
   plan     plan_over_replicas, make_plan within
   lend     the loan: its buffers, packing, and the start of its exchange
@@ -115,13 +117,16 @@ def _time(lending: Any, plain: Any, rounds: int) -> dict[str, Any]:
     layers = {"llep": lending, "plain": plain}
     taken: dict[str, list[float]] = {}
     lent: list[int] = []
-    with _watch(lending.module.token_dispatcher, lent) as parts:
+    lending.module.token_dispatcher.on_plan[:] = [
+        lambda planned: lent.append(len(planned.plan.transfers))
+    ]
+    with _watch(lending.module.token_dispatcher) as parts:
         for name, counts in take_turns(list(layers), rounds, warm_up=WARM_UP):
-            span = HostSpan(layers[name].module.token_dispatcher)
+            span = HostSpan(layers[name].module.token_dispatcher, CLOCK)
             parts.clear()
-            start = time.perf_counter()
+            start = CLOCK()
             layers[name].run()
-            layer = time.perf_counter() - start
+            layer = CLOCK() - start
             found = {f"{name}_all_us": span.taken[0] * 1e6, f"{name}_layer_ms": layer * 1e3}
             if name == "llep":
                 parts["order"] -= parts["receive"]
@@ -134,39 +139,34 @@ def _time(lending: Any, plain: Any, rounds: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _watch(dispatcher: Any, lent: list[int]) -> Iterator[Counter[str]]:
+def _watch(layer_dispatcher: Any) -> Iterator[Counter[str]]:
     """Seconds of each part, from outside; `order` with `receive` in it."""
+    from megatron_llep import dispatcher
     from megatron_llep.lending.loan import WeightLoan
     from megatron_llep.placement.exchange import TokenExchange
 
     parts: Counter[str] = Counter()
 
-    def note(planned: Any) -> None:
-        lent.append(len(planned.plan.transfers))
-        parts["plan"] += planned.plan_seconds
-
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                parts[part] += time.perf_counter() - start
+            start = CLOCK()
+            result = call(*args, **kwargs)
+            parts[part] += CLOCK() - start
+            return result
 
         return run
 
-    dispatcher.on_plan.append(note)
     with contextlib.ExitStack() as stack:
         for part, owner, name in (
+            ("plan", dispatcher, "plan_over_replicas"),
             ("lend", WeightLoan, "__init__"),
             ("lend", WeightLoan, "start_fetch"),
-            ("order", dispatcher, "dispatch_preprocess"),
+            ("order", layer_dispatcher, "dispatch_preprocess"),
             ("receive", TokenExchange, "of"),
         ):
             replaced = timed(part, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, replaced))
         yield parts
-    dispatcher.on_plan.remove(note)
 
 
 def format_tables(rows: list[dict[str, Any]]) -> str:

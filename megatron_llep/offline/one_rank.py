@@ -129,8 +129,9 @@ class HostSpan:
     the host launches their all-gather and goes on: there say when it begins.
     """
 
-    def __init__(self, dispatcher: Any):
+    def __init__(self, dispatcher: Any, clock: Callable[[], float] = time.perf_counter):
         """Watch the groups of a dispatcher, Megatron's or LLEP's, instead of whoever did so."""
+        self._clock = clock
         self.taken: list[float] = []
         self._start: float | None = None
         dispatcher.tp_ep_group.on_gathered = self.begin
@@ -138,11 +139,11 @@ class HostSpan:
 
     def begin(self, ago: float = 0.0) -> None:
         """The counts are there, since so many seconds."""
-        self._start = time.perf_counter() - ago
+        self._start = self._clock() - ago
 
     def _end(self) -> None:
         if self._start is not None:
-            self.taken.append(time.perf_counter() - self._start)
+            self.taken.append(self._clock() - self._start)
             self._start = None
 
 

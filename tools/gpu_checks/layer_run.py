@@ -51,19 +51,21 @@ class RankLayers:
         device = self._experts[0].device
         generator = torch.Generator(device).manual_seed(rank)
         hidden = torch.empty(sizes.tokens_per_rank, 1, shape.hidden, device=device)
-        self._hidden = hidden.normal_(generator=generator).bfloat16().requires_grad_()
+        self._rows = hidden.normal_(generator=generator).bfloat16()
+        self._hidden = self._rows
         self.lent = 0
         """Experts lent in the last pass, by all ranks."""
 
     def route(self, counts: np.ndarray) -> None:
         """Let this rank's and all others' tokens choose experts: counts [P, E]."""
-        E, device = counts.shape[1], self._hidden.device
+        E, device = counts.shape[1], self._rows.device
         experts = torch.arange(E).repeat_interleave(torch.from_numpy(counts[self._rank]))
         order = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
         chosen = experts[order].to(device)[:, None]
         routing_map = torch.zeros(len(experts), E, dtype=torch.bool, device=device)
         routing_map.scatter_(1, chosen, True)
         probs = routing_map.float().requires_grad_()
+        self._hidden = self._rows[: len(experts)].detach().requires_grad_()
         for layer in (self._plain, self._lending):
             layer.router.forward = lambda *_, **__: (probs, routing_map)
             layer.token_dispatcher.tp_ep_group.counts = torch.from_numpy(counts).to(device)
