@@ -1,16 +1,15 @@
 """Time for which a GPU may have to wait for the host in a layer: from counts to token exchange.
 
-python benchmarks/host_time.py    # prints a table and writes results/host_time.json; a minute
+    python -m benchmarks.host_time    # or python benchmarks/host_time.py; some minutes
 
-When the counts are there the host plans, starts to lend and orders tokens; then the exchange can
-start. One rank of 8 runs the real layer on one core, on tensors so small that what takes time is
-Python and the start of operators. The other ranks are stand-ins with the same counts, which send
-zeros.
-(On a GPU operators are launched instead of run, and LLEP's own kernels place tokens.)
+Prints tables and writes results/host_time.json. When the counts are there the host plans, starts
+to lend, orders tokens, and works out what it sends and receives; then the exchange can start. Plain
+Megatron has such a span too, and runs beside it, with the same experts.
 
-Letters: P ranks, E experts.
+Letters: P ranks, E experts, M = E / P of them native to a rank, T tokens of a rank.
 """
 
+import argparse
 import contextlib
 import gc
 import itertools
@@ -18,126 +17,192 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.device import use_cpu_if_no_gpu
+from megatron_llep.offline.one_rank import HostSpan, be_one_rank
 from megatron_llep.offline.report.progress import start_progress
 from megatron_llep.offline.report.results import write_results
 from megatron_llep.offline.report.table import format_table
+from megatron_llep.offline.timing import take_turns
 from megatron_llep.offline.workloads import route_tokens
 
 # As a script this file has its own folder on the path alone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RESULTS = Path(__file__).parent / "results" / "host_time.json"
-P, TOKENS = 8, 256
-EXPERTS = (128, 256)
-WORKLOADS = ("balanced", "lognormal-1", "hot-95-1")
-GEMMS = ("megatron", "grouped_mm")
-RUNS = 200
+RANKS, EXPERTS, TOKENS = (8, 16, 64), (128, 256), 256
+BALANCED, SEVEN, RANDOM = "nothing lent", "7 lent", "lognormal-1"
+WORKLOADS = (BALANCED, SEVEN, RANDOM)
+KINDS = {"SequentialMLP": "megatron", "grouped_mm": "grouped_mm"}
+"""Of experts: the flag's value under which LLEP computes them."""
+PARTS = ("plan", "lend", "order", "receive")
+ROUNDS, WARM_UP = 100, 10
+CLOCK = time.thread_time
+METHOD = f"""\
+One rank (rank 0) of P runs the real layer, forward and backward, on one core; the others are not
+there: collectives return at once, with this rank's counts for every rank's. {TOKENS} tokens a rank,
+top-1, hidden size 16, planner tolerant, fp32: so small that what takes time is Python and the start
+of operators. On a GPU operators are launched instead of run, and LLEP's kernels place tokens.
+Plain Megatron's layer and LLEP's have the same experts and routing; they run in turn, each first in
+every second round, and every number is the median of the rounds, by itself, in seconds of the
+processor: what other processes do on a busy machine is left out, but for the caches.
+  all      from the counts' arrival to the call of the token all-to-all
+  plan     plan_over_replicas, make_plan within
+  lend     the loan: its buffers, packing, and the start of its exchange
+  order    sends, slots, chunks, places of tokens; rows are gathered
+  receive  receives, and the split sizes
+  rest     of all: checks, records, autograd nodes
+  layer    forward and backward, router included"""
 
 
 def measure(
-    experts: tuple[int, ...] = EXPERTS, gemms: tuple[str, ...] = GEMMS, runs: int = RUNS
+    ranks: tuple[int, ...] = RANKS, experts: tuple[int, ...] = EXPERTS, rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
-    """One row for each number of experts, way to compute them, and workload: medians."""
+    """One row for each number of ranks and of experts, kind of experts, and workload."""
     from benchmarks.layer_case import BenchLayer, Sizes
 
     rows = []
-    advance = start_progress(len(experts) * len(gemms) * len(WORKLOADS), "running the layer")
-    with _be_one_rank():
-        for E, gemm in itertools.product(experts, gemms):
+    cases = list(itertools.product(ranks, experts, KINDS))
+    advance = start_progress(len(cases) * len(WORKLOADS), "running the layer")
+    for P, E, kind in cases:
+        with be_one_rank(0, P):
             sizes = Sizes(
                 num_ranks=P, hidden=16, ffn_hidden=16, num_experts=E, tokens_per_rank=TOKENS
             )
-            layer = BenchLayer(sizes, 0, LLEPConfig(expert_gemm=gemm))
+            lending = BenchLayer(sizes, 0, LLEPConfig(expert_gemm=KINDS[kind]))
+            plain = BenchLayer(sizes, 0, None)
+            plain.share_experts(lending)
             for workload in WORKLOADS:
-                routed = route_tokens(
-                    workload, num_ranks=P, num_experts=E, tokens_per_rank=TOKENS, top_k=1, rank=0
-                )
-                layer.route(torch.from_numpy(routed))
-                found = _time(layer, runs)
-                rows.append({"num_experts": E, "experts": gemm, "workload": workload, **found})
+                routed = torch.from_numpy(route(workload, P, E))
+                lending.route(routed)
+                plain.route(routed)
+                case = {"ranks": P, "num_experts": E, "experts": kind, "workload": workload}
+                rows.append(case | _time(lending, plain, rounds))
                 advance()
     return rows
 
 
-def _time(layer: Any, runs: int) -> dict[str, Any]:
-    """Microseconds to plan, and from the counts to the exchange; after some runs to warm up."""
-    dispatcher = layer.module.token_dispatcher
-    marks: dict[str, Any] = {}
-    exchange = dispatcher.token_dispatch
+def route(workload: str, num_ranks: int, num_experts: int) -> np.ndarray:
+    """Experts [T, 1] of each rank's tokens.
 
-    def mark(planned: Any) -> None:
-        marks["lent"] = len(planned.plan.transfers)
-        marks["plan"] = planned.plan_seconds
-        marks["start"] = time.perf_counter() - planned.plan_seconds
+    Under `SEVEN` rank 0 has a number of hot experts, and seven ranks have half of the mean load:
+    each of them can take a half from rank 0, mostly one expert.
+    """
+    P, E = num_ranks, num_experts
+    if workload != SEVEN:
+        name = "balanced" if workload == BALANCED else workload
+        return route_tokens(
+            name, num_ranks=P, num_experts=E, tokens_per_rank=TOKENS, top_k=1, rank=0
+        )
+    M, cold = E // P, 7
+    shares = np.ones((P, M)) / M
+    shares[1 : 1 + cold] /= 2
+    hot = min(cold, M)
+    shares[0, :hot] += cold / 2 / hot
+    ends = np.rint(shares.ravel().cumsum() / P * TOKENS).astype(int)
+    return np.repeat(np.arange(E), np.diff(ends, prepend=0))[:, None]
 
-    def mark_and_exchange(*args: Any) -> Any:
-        marks["all"] = time.perf_counter() - marks["start"]
-        return exchange(*args)
 
-    taken: dict[str, list[float]] = {"plan": [], "all": []}
-    dispatcher.on_plan.append(mark)
-    with mock.patch.object(dispatcher, "token_dispatch", mark_and_exchange):
-        for run in range(10 + runs):
-            layer.run()
-            for name in taken if run >= 10 else ():
-                taken[name].append(marks[name])
-    medians = {f"{k}_us": round(statistics.median(v) * 1e6, 1) for k, v in taken.items()}
-    return medians | {"lent": marks["lent"]}
+def _time(lending: Any, plain: Any, rounds: int) -> dict[str, Any]:
+    """Medians of both layers; microseconds, of the whole layer milliseconds."""
+    layers = {"llep": lending, "plain": plain}
+    taken: dict[str, list[float]] = {}
+    lent: list[int] = []
+    lending.module.token_dispatcher.on_plan[:] = [
+        lambda planned: lent.append(len(planned.plan.transfers))
+    ]
+    with _watch(lending.module.token_dispatcher) as parts:
+        for name, counts in take_turns(list(layers), rounds, warm_up=WARM_UP):
+            span = HostSpan(layers[name].module.token_dispatcher, CLOCK)
+            parts.clear()
+            start = CLOCK()
+            layers[name].run()
+            layer = CLOCK() - start
+            found = {f"{name}_all_us": span.taken[0] * 1e6, f"{name}_layer_ms": layer * 1e3}
+            if name == "llep":
+                parts["order"] -= parts["receive"]
+                found |= {f"{part}_us": parts[part] * 1e6 for part in PARTS}
+                found["rest_us"] = (span.taken[0] - sum(parts[part] for part in PARTS)) * 1e6
+            for key, value in found.items() if counts else ():
+                taken.setdefault(key, []).append(value)
+    medians = {key: round(statistics.median(values), 2) for key, values in taken.items()}
+    return {"lent": lent[-1]} | medians
 
 
 @contextlib.contextmanager
-def _be_one_rank() -> Iterator[None]:
-    """Process groups of P ranks, of which there is one."""
-    from megatron.core import parallel_state, tensor_parallel
+def _watch(layer_dispatcher: Any) -> Iterator[Counter[str]]:
+    """Seconds of each part, from outside; `order` with `receive` in it."""
+    from megatron_llep import dispatcher
+    from megatron_llep.lending.loan import WeightLoan
+    from megatron_llep.placement.exchange import TokenExchange
 
-    done = SimpleNamespace(wait=lambda: True)
+    parts: Counter[str] = Counter()
 
-    def gather(output: torch.Tensor, mine: torch.Tensor, **_: Any) -> Any:
-        output.view(P, -1).copy_(mine)
-        return done
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = CLOCK()
+            result = call(*args, **kwargs)
+            parts[part] += CLOCK() - start
+            return result
 
-    def exchange(output: torch.Tensor, *_: Any, **__: Any) -> Any:
-        output.zero_()
-        return done
+        return run
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=P)
-    try:
-        parallel_state.initialize_model_parallel(
-            expert_model_parallel_size=P, create_gloo_process_groups=False
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-        with (
-            mock.patch.object(dist, "all_gather_into_tensor", gather),
-            mock.patch.object(dist, "all_to_all_single", exchange),
+    with contextlib.ExitStack() as stack:
+        for part, owner, name in (
+            ("plan", dispatcher, "plan_over_replicas"),
+            ("lend", WeightLoan, "__init__"),
+            ("lend", WeightLoan, "start_fetch"),
+            ("order", layer_dispatcher, "dispatch_preprocess"),
+            ("receive", TokenExchange, "of"),
         ):
-            yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+            replaced = timed(part, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, replaced))
+        yield parts
+
+
+def format_tables(rows: list[dict[str, Any]]) -> str:
+    """The spans, then the whole layer."""
+    head = ["P", "E", "experts", "workload", "lent"]
+    spans = [[*head, *PARTS, "rest", "all us", "plain's", "difference"]]
+    layers = [[*head, "layer ms", "plain's", "ratio"]]
+    for row in rows:
+        case = [row[key] for key in ("ranks", "num_experts", "experts", "workload", "lent")]
+        both = [row["llep_all_us"], row["plain_all_us"]]
+        us = [*(row[f"{part}_us"] for part in (*PARTS, "rest")), *both, both[0] - both[1]]
+        spans.append([*case, *(f"{each:.0f}" for each in us)])
+        ms = [row["llep_layer_ms"], row["plain_layer_ms"]]
+        layers.append([*case, *(f"{each:.2f}" for each in (*ms, ms[0] / ms[1]))])
+    return "\n\n".join(format_table(table, ">><<>") for table in (spans, layers))
 
 
 def main() -> None:
     """Pin this process to one core, measure, print, save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     use_cpu_if_no_gpu()
     gc.disable()
-    rows = measure()
-    print(format_table([list(rows[0]), *(list(row.values()) for row in rows)], "><<>"))
-    write_results(RESULTS, {"torch": torch.__version__, "rows": rows})
-    print(f"-> {RESULTS}")
+    rows = measure(rounds=args.rounds)
+    method = f"{METHOD}\nMedians of {args.rounds} rounds, after {WARM_UP}."
+    print(f"{method}\n\n{format_tables(rows)}")
+    write_results(
+        args.output, {"torch": torch.__version__, "method": method.splitlines(), "rows": rows}
+    )
+    print(f"-> {args.output}")
 
 
 if __name__ == "__main__":

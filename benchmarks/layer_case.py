@@ -27,13 +27,14 @@ class Sizes:
     ffn_hidden: int = 1024
     num_experts: int = 32
     tokens_per_rank: int = 4096
+    dtype: torch.dtype = torch.float32
 
 
 class BenchLayer:
     """A layer with its input and gradients, ready to run forward and backward."""
 
     def __init__(self, sizes: Sizes, rank: int, llep: LLEPConfig | None):
-        self.module = _build_layer(sizes, rank)
+        self.module = build_layer(sizes, rank)
         if llep is not None:
             convert_model([self.module], llep)
         generator = torch.Generator().manual_seed(2000 + rank)
@@ -58,6 +59,10 @@ class BenchLayer:
         self._hidden.grad = None
         return output.detach()
 
+    def share_experts(self, other: "BenchLayer") -> None:
+        """Compute with the very experts of another layer from now on."""
+        self.module.experts = other.module.experts
+
     def get_routing_map(self) -> torch.Tensor:
         """Where tokens go, bool [T, E]."""
         with torch.no_grad():
@@ -68,7 +73,11 @@ class BenchLayer:
         return gating(hidden) - self._lowered[:, None, :]
 
 
-def _build_layer(sizes: Sizes, rank: int) -> MoELayer:
+def build_layer(sizes: Sizes, rank: int, *, transformer_engine: bool = False) -> MoELayer:
+    """Megatron's layer with a rank's weights, in Transformer Engine's grouped experts or its own.
+
+    Its activations are not fused: nothing has to be compiled.
+    """
     config = TransformerConfig(
         num_layers=1,
         hidden_size=sizes.hidden,
@@ -85,13 +94,20 @@ def _build_layer(sizes: Sizes, rank: int) -> MoELayer:
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
         add_bias_linear=False,
+        params_dtype=sizes.dtype,
+        bf16=sizes.dtype == torch.bfloat16,
+        moe_grouped_gemm=transformer_engine,
     )
-    build = get_moe_module_spec(use_te=False, num_experts=sizes.num_experts)
+    build = get_moe_module_spec(
+        use_te=transformer_engine,
+        num_experts=sizes.num_experts,
+        moe_grouped_gemm=transformer_engine,
+    )
     layer = build(config=config, pg_collection=None)
     layer.set_layer_number(1)
-    generator = torch.Generator().manual_seed(1000 + rank)
-    for parameter in layer.experts.parameters():
-        torch.nn.init.normal_(parameter.data, std=0.02, generator=generator)
-    generator = torch.Generator().manual_seed(1)
-    torch.nn.init.normal_(layer.router.weight.data, std=0.02, generator=generator)
+    for seed, module in ((1000 + rank, layer.experts), (1, layer.router)):
+        parameters = list(module.parameters())
+        generator = torch.Generator(parameters[0].device).manual_seed(seed)
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter.data, std=0.02, generator=generator)
     return layer

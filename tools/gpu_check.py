@@ -7,13 +7,13 @@
 correctness    real Megatron with LLEP against plain Megatron: losses and every gradient
 placement      the Triton kernels that order tokens, against torch's operators
 kernels        the tests that need a GPU: pytest -m gpu
-critical-path  for the paper's models and workloads, the worst rank's expert work under plain EP and
-               each planner, ranks run one after another on one GPU
-memory         peak memory of that work, against balanced routing
+critical-path  for the paper's models and workloads, the slowest rank's layer, Megatron's and
+               LLEP's, ranks run one after another on one GPU, over a stand-in for the process group
+memory         peak memory of these layers, against balanced routing
 
-Placement and the last two need torch, numpy and this repository alone. Says what is missing, runs
-what can be run, and writes JSON. Exit code: 0 if no section failed, 1 if one did, 2 for unusable
-options.
+Placement needs torch, numpy and this repository alone, the others megatron-core. Says what is
+missing, runs what can be run, and writes JSON. Exit code: 0 if no section failed, 1 if one did, 2
+for unusable options.
 """
 
 import argparse
@@ -29,11 +29,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from gpu_checks.correctness import check_correctness
-from gpu_checks.critical_path import PathJob, Row
-from gpu_checks.demands import BALANCED, DEFAULT_PLANNER, HOTTEST
+from gpu_checks.critical_path import (
+    KINDS,
+    METHOD,
+    PathJob,
+    judge_memory,
+    judge_time,
+    list_kinds,
+    measure_paths,
+    shrink,
+)
+from gpu_checks.demands import BALANCED, DEFAULT_PLANNER, HOTTEST, Row
 from gpu_checks.environment import list_missing
 from gpu_checks.kernels import check_kernels, check_placement
-from gpu_checks.paths import KINDS, judge_memory, judge_time, list_kinds, measure_paths, shrink
 from gpu_checks.section import Section, SkippedError, format_summary, run_section
 
 from megatron_llep.offline.machine import describe_machine, list_gpus, read_versions
@@ -74,12 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "versions": versions,
             "missing": sorted(missing),
             "command": list(sys.argv[1:] if argv is None else argv),
-            "method": (
-                "Critical path: each rank's expert work alone on one device, ranks one after "
-                f"another, CUDA events, median of {job.rounds} rounds after a warm-up, methods in "
-                "alternation; the worst rank counts. "
-                f"Transfers are predictions of the cost model: {job.cost.machine}."
-            ),
+            "method": [*METHOD.splitlines(), f"Cost model: {job.cost.machine}."],
             "sections": [asdict(section) for section in sections],
         }
         write_results(args.output, results)
@@ -106,21 +109,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="WORKLOAD",
         help="besides balanced; default: the paper's grid",
     )
-    add("--planners", nargs="+", choices=planners, metavar="PLANNER", default=planners)
+    add("--planners", nargs="+", choices=planners, metavar="PLANNER", default=planners[:1])
     add(
         "--experts",
         nargs="+",
-        choices=tuple(KINDS),
-        help="grouped GEMMs. grouped_mm: torch's, te: Transformer Engine's, natives and lent "
-        "experts apart, as LLEP runs them. one_slab: torch's, together. Default: grouped_mm, and "
-        "te where it is installed",
+        choices=KINDS,
+        help="grouped GEMMs: grouped_mm of torch, te of Transformer Engine. Default: grouped_mm, "
+        "and te where it is installed",
     )
     add(
         "--cost-model",
         help="of the links: h100, h200 or a file that `calibrate` wrote; "
         "default: by the GPU's name",
     )
-    add("--rounds", type=int, default=5, help="critical path: timed runs of each")
+    add("--rounds", type=int, default=3, help="critical path: timed runs of each")
     add("--quick", action="store_true", help="tiny shapes, one comparison: a trial run")
     add(
         "--output",
@@ -158,7 +160,6 @@ def make_path_job(args: argparse.Namespace) -> PathJob:
         workloads=(BALANCED, *(get_workload(name).name for name in args.workloads)),
         planners=tuple(args.planners),
         cost=get_cost_model(args.cost_model or preset),
-        device=torch.device(args.device),
         rounds=args.rounds,
         judged=(
             not trial

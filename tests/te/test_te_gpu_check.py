@@ -10,37 +10,41 @@ import torch
 pytest.importorskip("transformer_engine.pytorch")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
-from gpu_checks import lending_run
-from gpu_checks.experts import Slab, run_apart
+from gpu_checks import layer_run, lending_run
+from gpu_checks.critical_path import make_case, shrink
+from gpu_checks.demands import PLAIN
 from gpu_checks.lending_run import Kind, ModelSize
-from gpu_checks.te_experts import TransformerEngineExperts
 
+from megatron_llep.offline.simulator.models import MODELS
 from support.layout import Layout, use_layout
+from support.one_rank import be_alone
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.te
 
-TOKENS, NATIVE, H, F = [3, 0, 5, 1, 0], 3, 16, 8
 
+def test_the_critical_path_times_its_grouped_gemms(gemms):
+    """Two linears, forward and twice in backward; lent experts apart."""
 
-def test_the_critical_path_computes_what_torch_does(gemms):
-    """Natives and lent experts in a grouped GEMM each, twice, on the slab's own memory."""
-    generator = torch.Generator().manual_seed(1)
-    rows, grad = (torch.randn(sum(TOKENS), H, generator=generator) for _ in range(2))
-    found = []
-    for experts in (TransformerEngineExperts(), run_apart):
-        slab = Slab.allocate(
-            slots=len(TOKENS), hidden=H, ffn=F, dtype=torch.float32, device=torch.device("cpu")
-        )
-        for _ in range(2):
-            outputs, backward = experts(slab, rows, TOKENS, NATIVE)
-            grads = backward(grad.clone())
-        found.append([*outputs, *grads, slab.fc1_grad, slab.fc2_grad])
-    assert len(gemms) == 2 * 2 * 6
-    for ours, theirs in zip(*found, strict=True):
-        assert theirs.abs().sum() > 0
-        torch.testing.assert_close(ours, theirs)
+    def work(rank, size):
+        model = shrink(MODELS["gpt-oss-120b"])
+        found = []
+        with be_alone(3, 8):
+            layers = layer_run.RankLayers(model, "te", 3, 8)
+            layers.route(make_case(model, "hot-95-1", PLAIN).counts)
+            for method in (PLAIN, "tolerant"):
+                del gemms[:]
+                layers.run(method)
+                found.append((layers.lent, len(gemms)))
+            main_grads = [parameter.main_grad for parameter in layers._experts]
+        assert sum(grad.abs().sum() for grad in main_grads) > 0
+        return found
+
+    ((plain, lending),) = run_ranks(work, 1)
+    assert plain == (0, 6)
+    assert lending == (7, 12)
 
 
 def test_the_compared_model_adds_weight_gradients_in_its_gemms(gemms, monkeypatch):

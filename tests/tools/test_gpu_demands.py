@@ -9,8 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import gpu_check
-from gpu_checks import demands, paths
-from gpu_checks.critical_path import Row
+from gpu_checks import critical_path, demands
+from gpu_checks.demands import Row
 from gpu_checks.section import SkippedError
 
 
@@ -20,14 +20,16 @@ def make_row(workload, method, seconds, mib=1000, **changes):
         "experts": "grouped_mm",
         "workload": workload,
         "method": method,
+        "rank": 0,
         "imbalance": 1.0,
         "lent": 0,
         "forward_seconds": seconds / 3,
-        "expert_seconds": seconds,
+        "layer_seconds": seconds,
+        "idle_seconds": None,
+        "host_seconds": 0.001,
         "exchange_seconds": 0.0,
         "lending_seconds": 0.0,
         "returning_seconds": 0.0,
-        "plan_seconds": 0.0,
         "peak_bytes": mib * 2**20,
     }
     return Row(**{**fields, **changes})
@@ -48,7 +50,7 @@ BASE = [
         (make_row("hot-95-1", "tolerant", 7.6 / 5.2, returning_seconds=0.1), True),
         (make_row("hot-95-1", "lla", 7.6 / 5.0), False),  # held to it is the default planner
         (make_row("balanced", "lla", 1.019), False),
-        (make_row("balanced", "lla", 1.0, plan_seconds=0.021), True),
+        (make_row("balanced", "lla", 1.0, exchange_seconds=0.021), True),
     ],
 )
 def test_what_is_too_slow(row, slow):
@@ -69,12 +71,19 @@ def test_the_tables_show_the_paper_beside_what_was_found():
     rows = [*BASE, make_row("hot-95-1", "tolerant", 1.9, lending_seconds=0.1)]
     line = demands.format_time_table(rows).splitlines()[-1].split()
     assert line[3] == "tolerant"
-    speedup, forward, experts, paper = map(float, line[-4:])
+    assert line[5:8] == ["1900.00", "-", "1.00"], "layer, idle, host"
+    speedup, forward, layer, paper = map(float, line[-4:])
     assert speedup == pytest.approx(7.6 / 2.0, abs=0.01)
     assert forward == pytest.approx((6.6 / 3 + 0.5) / (1.9 / 3 + 0.1), abs=0.01)
-    assert experts == pytest.approx(6.6 / 1.9, abs=0.01)
+    assert layer == pytest.approx(6.6 / 1.9, abs=0.01)
     assert paper == 5.1
     assert "5.00" in demands.format_memory_table(rows).splitlines()[2]
+
+
+def test_where_plain_does_not_fit_nothing_is_compared():
+    lonely = make_row("hot-80-1", "tolerant", 1.0)
+    assert not demands.find_slow([*BASE, lonely])
+    assert "hot-80-1" not in demands.format_time_table([*BASE, lonely])
 
 
 def make_job(judged):
@@ -86,14 +95,14 @@ def make_job(judged):
 
 def test_demands_decide_only_where_they_apply(capsys):
     rows = [*BASE, make_row("hot-95-1", "tolerant", 7.0, mib=4000)]
-    assert paths.judge_time(make_job(True), rows, []).state == "FAILED"
-    assert paths.judge_memory(make_job(True), rows).state == "FAILED"
-    assert paths.judge_time(make_job(False), rows, []).state == "not judged"
+    assert critical_path.judge_time(make_job(True), rows, []).state == "FAILED"
+    assert critical_path.judge_memory(make_job(True), rows).state == "FAILED"
+    assert critical_path.judge_time(make_job(False), rows, []).state == "not judged"
     good = [*BASE, make_row("hot-95-1", "tolerant", 1.0)]
-    assert paths.judge_time(make_job(True), good, []).state == "passed"
-    assert paths.judge_time(make_job(True), good, ["te: too large"]).state == "FAILED"
-    assert paths.judge_memory(make_job(True), good).state == "passed"
+    assert critical_path.judge_time(make_job(True), good, []).state == "passed"
+    assert critical_path.judge_time(make_job(True), good, ["te: too large"]).state == "FAILED"
+    assert critical_path.judge_memory(make_job(True), good).state == "passed"
     unknown = [replace(row, peak_bytes=None) for row in rows]
     with pytest.raises(SkippedError, match="on GPUs only"):
-        paths.judge_memory(make_job(True), unknown)
-    assert "one after another" in capsys.readouterr().out
+        critical_path.judge_memory(make_job(True), unknown)
+    assert "stand-in" in capsys.readouterr().out

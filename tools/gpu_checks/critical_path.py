@@ -1,31 +1,61 @@
-"""The critical path of an MoE layer: each rank's expert work in turn on one device, the worst rank.
+"""The critical path of an MoE layer: each rank's layer in turn on one device, the slowest counts.
 
-Ranks are run one after another, not at once. Their expert work is measured; token exchange, weights
-lent and gradients returned are those of the cost model, from data sheets or a calibration;
-planning is measured on this host.
+Letters: P ranks, E experts.
+
+Measured is the whole layer of a rank, with planning, placing, packing and experts. What one process
+cannot have, links and other ranks, is added from a cost model, or missing: see `METHOD`.
 """
 
 import gc
 import itertools
-import statistics
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from gpu_checks.experts import Experts, Slab
-from gpu_checks.rank_work import NUM_RANKS, PLAIN, Case, Load, make_cases
-from gpu_checks.results import check_experts
-from gpu_checks.stopwatch import Pass, estimate_bytes, run_once
+from gpu_checks.demands import (
+    PLAIN,
+    Pass,
+    Row,
+    find_heavy,
+    find_slow,
+    format_memory_table,
+    format_time_table,
+)
+from gpu_checks.environment import is_installed
+from gpu_checks.section import Section, SkippedError, judge, require
+from megatron_llep.device import use_cpu_if_no_gpu
 from megatron_llep.offline.simulator.models import ModelShape
 from megatron_llep.offline.timing import take_turns
-from megatron_llep.planner import Topology
+from megatron_llep.offline.workloads import make_counts
+from megatron_llep.planner import Plan, Topology, make_plan
 from megatron_llep.planner.cost.model import CostModel
 
-_HEADROOM = 1.08
-"""Of the device's memory, for what the allocator cannot reuse."""
-_MOST_TRIES = 3
-"""A pass that had to wait for memory from the driver is repeated: it now lies ready."""
+if TYPE_CHECKING:
+    from gpu_checks.layer_run import RankLayers
+
+KINDS = ("grouped_mm", "te")
+NUM_RANKS = 8
+"""P, as in the paper's Figure 4."""
+METHOD = f"""\
+Megatron's MoE layer, plain and with LLEP, forward and backward, with the same experts and the same
+routing of all {NUM_RANKS} ranks, one rank after another alone on one device. By CUDA events,
+medians of rounds after a warm-up, methods in turn. Of each case the ranks are run that have most
+pairs, most experts in use and most experts lent or borrowed; the slowest one counts.
+In it: counting, planning, packing and unpacking lent weights, placing, gathering, sorting tokens,
+experts, their weight gradients in fp32, adding what returns. Not in it: the router, attention;
+activations are not fused.
+The process group is a stand-in: no byte crosses a link and no rank waits for another. What would
+arrive, tokens as well as lent weights and gradients, is random numbers that the device writes into
+the same buffers; so results are not compared here: section correctness does.
+exchange, lend, return: what links would add, by a cost model: not measured. Lending counts as
+hidden behind token exchanges alone, though it may be behind experts, too.
+idle: the layer's time less the time in which torch's profiler saw a kernel or copy on the device:
+how long it waited for the host. host: from the counts, or the plan's start, to the call of the
+token exchange."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,174 +67,171 @@ class PathJob:
     workloads: tuple[str, ...]
     planners: tuple[str, ...]
     cost: CostModel
-    device: torch.device
     rounds: int
     judged: bool
     """Whether the demands apply: a GPU, the paper's sizes and its hottest workload."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One model, workload and method. Seconds and bytes are those of the worst rank."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """One workload under plain expert parallelism or a planner, and what was found."""
 
-    model: str
-    experts: str
-    """Which grouped GEMM."""
     workload: str
     method: str
-    imbalance: float
-    """Most loaded rank / mean, as it ran."""
-    lent: int
-    """Experts lent, all ranks."""
-    forward_seconds: float
-    """Measured: the experts of the rank slowest in forward."""
-    expert_seconds: float
-    """Measured: forward and backward, of the rank slowest in both together."""
-    exchange_seconds: float
-    """Stated: four token exchanges."""
-    lending_seconds: float
-    """Stated: what is not hidden of weights lent."""
-    returning_seconds: float
-    """Stated: likewise of gradients returned."""
-    plan_seconds: float
-    """Measured on this host."""
-    peak_bytes: int | None
-
-    @property
-    def total_seconds(self) -> float:
-        """The layer, forward and backward."""
-        stated = self.exchange_seconds + self.lending_seconds + self.returning_seconds
-        return self.expert_seconds + stated + self.plan_seconds
-
-    @property
-    def forward_total_seconds(self) -> float:
-        """The layer's forward: two of the four exchanges, lending, no return."""
-        stated = self.exchange_seconds / 2 + self.lending_seconds
-        return self.forward_seconds + stated + self.plan_seconds
+    counts: np.ndarray
+    """[P, E]."""
+    plan: Plan
+    passes: dict[int, Pass]
+    """By rank."""
 
 
-class TooLargeError(ValueError):
-    """A model's work does not fit on this device."""
+def list_kinds() -> tuple[str, ...]:
+    """Of `KINDS`, those whose packages are installed."""
+    return KINDS if is_installed("transformer_engine") else KINDS[:1]
 
 
-def measure_model(job: PathJob, model: ModelShape, kind: str, experts: Experts) -> list[Row]:
-    """Run every workload under every method for one model, on one kind of grouped GEMM.
+def shrink(model: ModelShape) -> ModelShape:
+    """The same model, tiny."""
+    layer = replace(model.layer, hidden=64, ffn_hidden=32, num_experts=32, top_k=2)
+    return replace(model, layer=layer, tokens_per_rank=64)
 
-    Raises:
-        TooLargeError: the largest rank does not fit on the device.
-        RuntimeError: the experts compute something else.
-    """
-    shape = model.layer
-    methods = (PLAIN, *dict.fromkeys(job.planners))
-    cases = {
-        workload: make_cases(shape, workload, methods, model.tokens_per_rank)
-        for workload in dict.fromkeys(job.workloads)
-    }
-    loads = {
-        workload: list(dict.fromkeys(load for case in of_one for load in case.chosen))
-        for workload, of_one in cases.items()
-    }
-    every = list(itertools.chain.from_iterable(loads.values()))
-    slots, pairs = max(map(len, every)), max(map(sum, every))
-    check_fits(model, slots=slots, pairs=pairs, device=job.device)
-    slab = Slab.allocate(
-        slots=slots,
-        hidden=shape.hidden,
-        ffn=shape.ffn_hidden,
-        dtype=torch.bfloat16,
-        device=job.device,
+
+def make_case(model: ModelShape, workload: str, method: str) -> Case:
+    """Plan a workload; 95% of the tokens are 95% of all pairs, as in the published benchmark."""
+    counts = make_counts(
+        workload,
+        num_ranks=NUM_RANKS,
+        num_experts=model.layer.num_experts,
+        tokens_per_rank=model.tokens_per_rank * model.layer.top_k,
+        top_k=1,
     )
-    rows = torch.empty(pairs, shape.hidden, dtype=torch.bfloat16, device=job.device).normal_()
-    num_native = shape.num_experts // NUM_RANKS
-    for load in {max(every, key=sum), max(every, key=len)}:
-        check_experts(experts, slab.first(len(load)), rows[: sum(load)], list(load), num_native)
-    found, done = [], 0
-    for workload, of_one in cases.items():
-        timed = time_loads(loads[workload], experts, slab, rows, job.rounds, num_native)
-        found += [_make_row(case, timed, model, kind, job.cost) for case in of_one]
-        done += sum(map(sum, loads[workload]))
-        share = done / sum(map(sum, every))
-        print(f"  {model.name}, {kind}, {workload}: {share:4.0%} of the pairs are done", flush=True)
-    return found
+    options = {"planner": "exact", "max_foreign": 0} if method == PLAIN else {"planner": method}
+    plan = make_plan(counts, **options)
+    return Case(workload=workload, method=method, counts=counts, plan=plan, passes={})
 
 
-def time_loads(
-    loads: Sequence[Load],
-    experts: Experts,
-    slab: Slab,
-    rows: torch.Tensor,
-    rounds: int,
-    num_native: int,
-) -> dict[Load, Pass]:
-    """Run every load in every round; of each the pass in the middle, with the highest peak."""
-    passes: dict[Load, list[Pass]] = {load: [] for load in loads}
-    for load, counts in take_turns(loads, rounds):
-        for _ in range(_MOST_TRIES):
-            one = run_once(
-                experts, slab.first(len(load)), rows[: sum(load)], list(load), num_native
-            )
-            if not one.device_allocations:
-                break
-        if counts:
-            passes[load].append(one)
-    return {load: _take_median(of_one) for load, of_one in passes.items()}
+def choose_ranks(plan: Plan) -> list[int]:
+    """The ranks with most pairs, most experts in use, and most experts lent or borrowed."""
+    moved = np.bincount(plan.transfers[:, 1:].ravel(), minlength=plan.num_ranks)
+    most = (plan.load_per_rank_after, (plan.quota > 0).sum(axis=0), moved)
+    return sorted({int(each.argmax()) for each in most if each.any()})
 
 
-def check_fits(model: ModelShape, *, slots: int, pairs: int, device: torch.device) -> None:
-    """Refuse a model whose largest rank does not fit on the device.
+def measure_paths(job: PathJob) -> tuple[list[Row], list[str]]:
+    """All rows, and what was refused because it does not fit on the device."""
+    require("megatron.core")
+    use_cpu_if_no_gpu()
+    warnings.simplefilter("ignore")  # Megatron's, of packages that are not needed here
+    rows: list[Row] = []
+    refused: list[str] = []
+    methods = dict.fromkeys((PLAIN, *job.planners))
+    for model, kind in itertools.product(job.models, job.kinds):
+        cases = [
+            make_case(model, workload, method)
+            for workload in dict.fromkeys(job.workloads)
+            for method in methods
+        ]
+        for rank in range(NUM_RANKS):
+            mine = [case for case in cases if rank in choose_ranks(case.plan)]
+            if mine:
+                refused += measure_rank(job, model, kind, rank, mine)
+        for case in cases:
+            if set(case.passes) == set(choose_ranks(case.plan)):
+                rows.append(_make_row(job, model, kind, case))
+    return rows, refused
 
-    Raises:
-        TooLargeError: says how much is needed, how much is there, and which size would fit.
-    """
-    if device.type != "cuda":
-        return
-    gc.collect()  # modules of the kind before may refer to themselves
+
+def measure_rank(
+    job: PathJob, model: ModelShape, kind: str, rank: int, cases: Sequence[Case]
+) -> list[str]:
+    """Run one rank's layers in all these cases; returns what does not fit on the device."""
+    from gpu_checks.layer_run import RankLayers  # imports Megatron, after the device is chosen
+    from megatron_llep.offline.one_rank import be_one_rank
+
+    gc.collect()  # the layers before may refer to themselves
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    shape = model.layer
-
-    def need(pairs: int) -> float:
-        sizes = {"hidden": shape.hidden, "ffn": shape.ffn_hidden}
-        return _HEADROOM * estimate_bytes(slots=slots, pairs=pairs, **sizes)
-
-    if need(pairs) <= free:
-        return
-    fixed = need(0)
-    room = max(0, int((free - fixed) / (need(pairs) - fixed) * model.tokens_per_rank))
-    remedy = f"try --tokens {room // 1024 * 1024}" if room >= 1024 else "its weights alone fill it"
-    raise TooLargeError(
-        f"the largest rank needs {need(pairs) / 2**30:.0f} GiB at "
-        f"{model.tokens_per_rank} tokens a rank, {free / 2**30:.0f} GiB are free; {remedy}"
-    )
+    before, refused = torch.cuda.memory_allocated(), []
+    with be_one_rank(rank, NUM_RANKS):
+        layers = RankLayers(model, kind, rank, NUM_RANKS)
+        for workload, of_one in itertools.groupby(cases, key=lambda case: case.workload):
+            print(f"  {model.name}, {kind}, rank {rank}: {workload}", flush=True)
+            try:
+                _measure_workload(job, layers, rank, list(of_one), before)
+            except torch.OutOfMemoryError as error:
+                what = f"{model.name}, {kind}, rank {rank}, {workload}"
+                refused.append(f"{what}: try fewer --tokens: {str(error).splitlines()[0]}")
+                print(f"  refused: {refused[-1]}", flush=True)
+    return refused
 
 
-def _take_median(passes: Sequence[Pass]) -> Pass:
-    totals = [each.seconds for each in passes]
-    middle = passes[totals.index(statistics.median_low(totals))]
-    return replace(middle, peak_bytes=_find_peak(passes))
+def _measure_workload(
+    job: PathJob, layers: "RankLayers", rank: int, cases: Sequence[Case], before: int
+) -> None:
+    """Run some methods in turn; of each the pass in the middle, with the highest peak."""
+    layers.route(cases[0].counts)
+    passes: dict[Case, list[Pass]] = {case: [] for case in cases}
+    for case, counts in take_turns(cases, job.rounds):
+        one = layers.run(case.method)
+        assert layers.lent == len(case.plan.transfers), "the layer's plan is another"
+        if counts:
+            passes[case].append(one)
+    for case, taken in passes.items():
+        middle = sorted(taken, key=lambda one: one.layer_seconds)[job.rounds // 2]
+        busy = layers.find_busy_seconds(case.method)
+        peaks = [one.peak_bytes - before for one in taken if one.peak_bytes is not None]
+        case.passes[rank] = replace(
+            middle,
+            idle_seconds=None if busy is None else max(0.0, middle.layer_seconds - busy),
+            peak_bytes=max(peaks, default=None),
+        )
 
 
-def _find_peak(passes: Sequence[Pass]) -> int | None:
-    return max((each.peak_bytes for each in passes if each.peak_bytes is not None), default=None)
-
-
-def _make_row(
-    case: Case, timed: dict[Load, Pass], model: ModelShape, kind: str, cost: CostModel
-) -> Row:
-    ranks = [timed[load] for load in case.chosen]
-    stated = cost.predict_layer(case.plan, case.counts, model.layer, Topology())
+def _make_row(job: PathJob, model: ModelShape, kind: str, case: Case) -> Row:
+    """The slowest rank, and what links would add; copies beside them are in what was measured."""
+    rank, slowest = max(case.passes.items(), key=lambda item: item[1].layer_seconds)
+    peaks = [one.peak_bytes for one in case.passes.values() if one.peak_bytes is not None]
+    links = replace(job.cost, copy_bytes_per_second=1e18)
+    stated = links.predict_layer(case.plan, case.counts, model.layer, Topology())
     return Row(
+        **vars(replace(slowest, peak_bytes=max(peaks, default=None))),
         model=model.name,
         experts=kind,
         workload=case.workload,
         method=case.method,
+        rank=rank,
         imbalance=case.plan.imbalance_after,
         lent=len(case.plan.transfers),
-        forward_seconds=max(each.forward_seconds for each in ranks),
-        expert_seconds=max(each.seconds for each in ranks),
         exchange_seconds=stated.exchange,
         lending_seconds=stated.lending,
         returning_seconds=stated.returning,
-        plan_seconds=case.plan_seconds,
-        peak_bytes=_find_peak(ranks),
     )
+
+
+def judge_time(job: PathJob, rows: Sequence[Row], refused: Sequence[str]) -> Section:
+    """Print the critical path and hold it to the demands."""
+    if rows:
+        print(format_time_table(rows))
+    print(f"{METHOD}\nCost model: {job.cost.machine}.")
+    return _judge("critical path", job, rows, [*refused, *find_slow(rows)])
+
+
+def judge_memory(job: PathJob, rows: Sequence[Row]) -> Section:
+    """Print peak memory and hold it to 10% above balanced.
+
+    Raises:
+        SkippedError: it is not known.
+    """
+    known = [row for row in rows if row.peak_bytes is not None]
+    if not known:
+        raise SkippedError("torch counts allocated memory on GPUs only")
+    print(format_memory_table(known))
+    print("Most memory that torch allocated for the layer of a rank in these runs, its input too.")
+    return _judge("memory", job, known, find_heavy(known))
+
+
+def _judge(name: str, job: PathJob, rows: Sequence[Row], short: list[str]) -> Section:
+    section = judge(name, short, {"rows": [asdict(row) for row in rows], "short": short})
+    if job.judged:
+        return section
+    reason = "the demands are for GPUs, the paper's sizes and its hottest workload"
+    return replace(section, state="not judged", reason=reason)
