@@ -1,7 +1,8 @@
 """Which source's tokens of an expert go to which of the ranks that hold it.
 
-Shape letters: P ranks, E experts, M = E / P native and S foreign slots per rank. R = P * tp sources: each rank of the expert-parallel group gathers the tokens of tp
-tensor-parallel ranks, and source r belongs to expert-parallel rank r // tp.
+Shape letters: P ranks, E experts, M = E / P native and S foreign slots per rank. R = P * tp
+sources: each rank of the expert-parallel group gathers the tokens of tp tensor-parallel ranks, and
+source r belongs to expert-parallel rank r // tp.
 
 `local_first`: a rank first keeps as many of its own tokens as its quota allows (of its sources
 in tp order); then as many as possible stay within their node; the rest crosses nodes. In each of

@@ -1,4 +1,4 @@
-"""Whose tokens of an expert go to which of the ranks that hold it; `planner.assignment` has the rules.
+"""Whose tokens of an expert go to which of its holders; `planner.assignment` has the rules.
 
 Shape letters: P ranks, E experts, M = E / P native and S foreign slots per rank. R = P * tp
 sources: source r belongs to rank r // tp.
@@ -29,6 +29,7 @@ def count_sends(
     """
     R, E = counts.shape
     P = quota.shape[1]
+    own = source // (R // P)
     sends = np.zeros((E, P), np.int64)
     for expert in range(E):
         sends[expert, expert // (E // P)] = counts[source, expert]
@@ -39,7 +40,15 @@ def count_sends(
     for expert in range(E):
         if is_lent[expert] and counts[source, expert]:
             _give_out(
-                counts, quota, expert, node_size, local_first, source, 0, sends[expert], from_sources
+                counts,
+                quota,
+                expert,
+                node_size,
+                local_first,
+                source,
+                own,
+                sends[expert],
+                from_sources,
             )
     return sends
 
@@ -66,13 +75,14 @@ def count_receives(
     R, E = counts.shape
     P, S = foreign_experts.shape
     M = E // P
+    first = rank * (R // P)
     receives = np.zeros((R, M + S), np.int64)
     to_ranks, from_sources = np.empty(P, np.int64), np.empty(R, np.int64)
     for slot in range(M + S):
         expert = rank * M + slot if slot < M else foreign_experts[rank, slot - M]
         if expert >= 0 and quota[expert, rank]:
             _give_out(
-                counts, quota, expert, node_size, local_first, 0, rank, to_ranks, from_sources
+                counts, quota, expert, node_size, local_first, first, rank, to_ranks, from_sources
             )
             for source in range(R):
                 receives[source, slot] = from_sources[source]

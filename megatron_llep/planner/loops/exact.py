@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 
 from megatron_llep.planner.loops.moves import set_move
-from megatron_llep.planner.loops.queue import insert
+from megatron_llep.planner.loops.queue import insert, take_last
 from megatron_llep.planner.loops.sums import total_of
 
 
@@ -56,13 +56,14 @@ def exact_moves(
         surplus[rank] = load[rank] - surplus[rank]
     left = loads.copy()
     unlent = np.zeros(P, np.int64)
-    n = 0
-    for first in range(0, P, node_size):
-        last = first + node_size
-        n = _balance(first, last, surplus, left, unlent, load, max_foreign, moves, n)
-    if lends_across and node_size < P:
-        n = _balance(0, P, surplus, left, unlent, load, max_foreign, moves, n)
-    return n
+    n = np.int64(0)  # no literal, for which numba would compile `_balance` a second time
+    size = node_size
+    while True:
+        for first in range(0, P, size):
+            n = _balance(first, first + size, surplus, left, unlent, load, max_foreign, moves, n)
+        if size == P or not lends_across:
+            return n
+        size = P
 
 
 @njit
@@ -107,29 +108,22 @@ def _balance(
     P = len(load)
     M = len(left) // P
     # Turned ids, so that the last one is the lowest id among those with most.
-    above, below = np.empty(last - first, np.int64), np.empty(last - first, np.int64)
-    num_above = num_below = 0
+    above, below = np.zeros(P + 1, np.int64), np.zeros(P + 1, np.int64)
     for rank in range(first, last):
         if surplus[rank] > 0:
-            insert(above, num_above, surplus[rank] * P + P - 1 - rank)
-            num_above += 1
+            insert(above, surplus[rank] * P + P - 1 - rank)
         elif surplus[rank] < 0:
-            insert(below, num_below, -surplus[rank] * P + P - 1 - rank)
-            num_below += 1
-    while num_above and num_below:
-        num_above -= 1
-        num_below -= 1
-        lender = P - 1 - above[num_above] % P
-        borrower = P - 1 - below[num_below] % P
+            insert(below, -surplus[rank] * P + P - 1 - rank)
+    while above[0] and below[0]:
+        lender = P - 1 - take_last(above) % P
+        borrower = P - 1 - take_last(below) % P
         need = -surplus[borrower]
         surplus[lender] -= need
         surplus[borrower] = 0
         if surplus[lender] > 0:
-            insert(above, num_above, surplus[lender] * P + P - 1 - lender)
-            num_above += 1
+            insert(above, surplus[lender] * P + P - 1 - lender)
         elif surplus[lender] < 0:
-            insert(below, num_below, -surplus[lender] * P + P - 1 - lender)
-            num_below += 1
+            insert(below, -surplus[lender] * P + P - 1 - lender)
         # What the borrower lends is settled: all of it precedes what it borrows.
         kept = min(need, unlent[borrower])
         need -= kept

@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 
 from megatron_llep.planner.loops.moves import set_move
-from megatron_llep.planner.loops.queue import insert, remove
+from megatron_llep.planner.loops.queue import insert, take, take_last
 from megatron_llep.planner.loops.sums import largest_of, total_of
 
 
@@ -75,24 +75,21 @@ def lla_moves(
         return 0
     # By node, a queue of the ranks with room and a slot, from the least loaded up. A rank that
     # has spilled has no room.
-    queues = np.empty((P // node_size, node_size), np.int64)
-    num_in = np.zeros(P // node_size, np.int64)
+    queues = np.zeros((P // node_size, node_size + 1), np.int64)
     slots = np.full(P, max_foreign)
     for rank in range(P):
         if load[rank] < capacity:
-            node = rank // node_size
-            insert(queues[node], num_in[node], load[rank] * P + rank)
-            num_in[node] += 1
+            insert(queues[rank // node_size], load[rank] * P + rank)
     n = 0
     # The experts of ranks above the capacity, as only these spill. Of turned ids, so that the last
     # one is the lowest id among those with most.
-    experts, num_experts = np.empty(E, np.int64), 0
+    experts = np.zeros(E + 1, np.int64)
+    last = np.iinfo(np.int64).max
     for rank in range(P):
         if load[rank] > capacity:
-            num_experts = _line_up(loads, rank * M, M, 2**63 - 1, experts, num_experts)
-    while num_experts:
-        num_experts -= 1
-        key = experts[num_experts]
+            _line_up(loads, rank * M, M, last, experts)
+    while experts[0]:
+        key = take_last(experts)
         expert = E - 1 - key % E
         home = expert // M
         rest = min(loads[expert], load[home] - capacity)
@@ -100,14 +97,12 @@ def lla_moves(
             smallest = min(rest, max(min_tokens_per_gemm, 1))
             node = home // node_size
             if lends_across and not (
-                num_in[node] and capacity - queues[node, 0] // P >= smallest
+                queues[node, 0] and capacity - queues[node, 1] // P >= smallest
             ):
-                node = _least_loaded(queues, num_in, node)
-            if not num_in[node]:
+                node = _least_loaded(queues, node)
+            if not queues[node, 0]:
                 break
-            borrower = queues[node, 0] % P
-            remove(queues[node], num_in[node], 0)
-            num_in[node] -= 1
+            borrower = take(queues[node], 1) % P
             room = capacity - load[borrower]
             chunk = min(rest, room) if room >= smallest else rest
             set_move(moves, n, expert, borrower, chunk)
@@ -117,32 +112,27 @@ def lla_moves(
             load[borrower] += chunk
             slots[borrower] -= 1
             if load[borrower] > capacity:
-                num_experts = _line_up(loads, borrower * M, M, key, experts, num_experts)
+                _line_up(loads, borrower * M, M, key, experts)
             if slots[borrower] and load[borrower] < capacity:
-                insert(queues[node], num_in[node], load[borrower] * P + borrower)
-                num_in[node] += 1
+                insert(queues[node], load[borrower] * P + borrower)
     return n
 
 
 @njit
-def _least_loaded(queues: np.ndarray, num_in: np.ndarray, default: int) -> int:
+def _least_loaded(queues: np.ndarray, default: int) -> int:
     """The node whose first rank is the least loaded; the default if no node has one."""
     best = default
     for node in range(len(queues)):
-        if num_in[node] and (not num_in[best] or queues[node, 0] < queues[best, 0]):
+        if queues[node, 0] and (not queues[best, 0] or queues[node, 1] < queues[best, 1]):
             best = node
     return best
 
 
 @njit
-def _line_up(
-    loads: np.ndarray, first: int, num: int, before: int, experts: np.ndarray, n: int
-) -> int:
-    """Add so many experts from the first on to a queue of n, those with keys below `before`."""
+def _line_up(loads: np.ndarray, first: int, num: int, before: int, experts: np.ndarray) -> None:
+    """Add so many experts from the first on to a queue, those with keys below `before`."""
     E = len(loads)
     for expert in range(first, first + num):
         key = loads[expert] * E + E - 1 - expert
         if key < before:
-            insert(experts, n, key)
-            n += 1
-    return n
+            insert(experts, key)

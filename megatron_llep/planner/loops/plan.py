@@ -60,9 +60,7 @@ def plan_counts(
     imbalance = before * P / total if total else 1.0
     if smallest >= 0 and imbalance >= threshold:
         if planner == TOLERANT:
-            n = tolerant_moves(
-                loads, load, max_foreign, node_size, lends_across, tolerance, moves
-            )
+            n = tolerant_moves(loads, load, max_foreign, node_size, lends_across, tolerance, moves)
         elif planner == EXACT:
             n = exact_moves(loads, load, max_foreign, node_size, lends_across, moves)
         elif planner == LLA:
@@ -130,16 +128,16 @@ def give_slots(E: int, P: int, moves: np.ndarray) -> tuple[np.ndarray, np.ndarra
         num_foreign[moves[i, 1]] += 1
     for home in range(P):
         start[home + 1] += start[home]
-    foreign_experts = np.full((P, largest_of(num_foreign)), -1)
-    num_foreign = np.zeros(P, np.int64)
+    S = largest_of(num_foreign)
+    held = np.zeros((P, S + 1), np.int64)  # a queue for each rank
     for i in range(len(moves)):
-        expert, borrower = moves[i, 0], moves[i, 1]
-        insert(foreign_experts[borrower], num_foreign[borrower], expert)
-        num_foreign[borrower] += 1
+        insert(held[moves[i, 1]], moves[i, 0])
+    foreign_experts = np.full((P, S), -1)
     transfers = np.empty((len(moves), 3), np.int64)
     for borrower in range(P):
         for i in range(num_foreign[borrower]):
-            expert = foreign_experts[borrower, i]
+            expert = held[borrower, i + 1]
+            foreign_experts[borrower, i] = expert
             home = expert // M
             transfers[start[home], 0] = expert
             transfers[start[home], 1] = home

@@ -83,7 +83,7 @@ def set_targets(load: np.ndarray, num_replicas: int, lends: bool) -> np.ndarray:
     total = np.zeros(P, np.int64)
     for rank in range(D * P):
         total[rank % P] += load[rank]
-    all_tokens = total_of(load)
+    all_tokens = total_of(total)
     most_shared = (largest_of(total) + D - 1) // D
     target = np.empty(D * P, np.int64)
     for rank in range(D * P):

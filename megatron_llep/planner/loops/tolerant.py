@@ -8,7 +8,7 @@ from numba import njit
 
 from megatron_llep.planner.loops.exact import even_shares, exact_moves, most_left
 from megatron_llep.planner.loops.moves import copy_move, set_move
-from megatron_llep.planner.loops.queue import find, insert, remove
+from megatron_llep.planner.loops.queue import find, insert, take, take_last
 from megatron_llep.planner.loops.sums import largest_of, total_of
 
 
@@ -82,7 +82,7 @@ def most_tokens(load: np.ndarray, node_size: int, lends_across: bool, tolerance:
     cap = _exceed_mean(total_of(load), P, tolerance)
     if lends_across:
         return cap
-    most = 0
+    most = np.int64(0)
     for first in range(0, P, node_size):
         most = max(most, total_of(load[first : first + node_size]))
     return cap if most <= cap * node_size else _exceed_mean(most, node_size, tolerance)
@@ -126,38 +126,33 @@ def _shed(
     M = len(left) // P
     if max_foreign == 0:
         return 0
-    lenders, num_lenders = np.empty(P, np.int64), 0
+    lenders = np.zeros(P + 1, np.int64)
     # By node, a queue of the ranks with room and a slot, from the least room up.
-    rooms = np.empty((P // node_size, node_size), np.int64)
-    num_rooms = np.zeros(P // node_size, np.int64)
+    rooms = np.zeros((P // node_size, node_size + 1), np.int64)
     room_in_node = np.zeros(P // node_size, np.int64)
     slots = np.full(P, max_foreign)
     for rank in range(P):
         node = rank // node_size
         if load[rank] > cap:
-            insert(lenders, num_lenders, (load[rank] - cap) * P + P - 1 - rank)
-            num_lenders += 1
+            insert(lenders, (load[rank] - cap) * P + P - 1 - rank)
         elif load[rank] < cap:
-            insert(rooms[node], num_rooms[node], (cap - load[rank]) * P + rank)
-            num_rooms[node] += 1
+            insert(rooms[node], (cap - load[rank]) * P + rank)
             room_in_node[node] += cap - load[rank]
     n = 0
-    for i in range(num_lenders - 1, -1, -1):
-        lender = P - 1 - lenders[i] % P
+    while lenders[0]:
+        lender = P - 1 - take_last(lenders) % P
         own = lender // node_size
         stays = not lends_across or room_in_node[own] >= load[lender] - cap
         while load[lender] > cap:
             expert = most_left(left, lender * M, M)
             wanted = min(left[expert], load[lender] - cap)
             node = own
-            if not stays or (lends_across and num_rooms[own] == 0):
-                node = _best_node(rooms, num_rooms, own, wanted * P, P)
-            if num_rooms[node] == 0:
+            if not stays or (lends_across and rooms[own, 0] == 0):
+                node = _best_node(rooms, own, wanted * P, P)
+            if rooms[node, 0] == 0:
                 break
-            place = _best_room(rooms[node], num_rooms[node], wanted * P, P)
-            room, borrower = rooms[node, place] // P, rooms[node, place] % P
-            remove(rooms[node], num_rooms[node], place)
-            num_rooms[node] -= 1
+            key = take(rooms[node], _best_room(rooms[node], wanted * P, P))
+            room, borrower = key // P, key % P
             room_in_node[node] -= room
             slots[borrower] -= 1
             tokens = min(wanted if slots[borrower] else left[expert], room)
@@ -167,37 +162,35 @@ def _shed(
             load[lender] -= tokens
             load[borrower] += tokens
             if slots[borrower] and room > tokens:
-                insert(rooms[node], num_rooms[node], (room - tokens) * P + borrower)
-                num_rooms[node] += 1
+                insert(rooms[node], (room - tokens) * P + borrower)
                 room_in_node[node] += room - tokens
         if load[lender] < cap:
-            insert(rooms[own], num_rooms[own], (cap - load[lender]) * P + lender)
-            num_rooms[own] += 1
+            insert(rooms[own], (cap - load[lender]) * P + lender)
             room_in_node[own] += cap - load[lender]
     return n
 
 
 @njit
-def _best_room(rooms: np.ndarray, n: int, wanted: int, P: int) -> int:
-    """Place of the least room for `wanted` (a key), or else of the most; of n, at least one."""
-    place = find(rooms, n, wanted)
-    return place if place < n else find(rooms, n, rooms[n - 1] // P * P)
+def _best_room(rooms: np.ndarray, wanted: int, P: int) -> int:
+    """Place of the least room for `wanted` (a key), or else of the most; there is one."""
+    most = rooms[rooms[0]] // P * P
+    return find(rooms, min(wanted, most))
 
 
 @njit
-def _best_node(rooms: np.ndarray, num_rooms: np.ndarray, own: int, wanted: int, P: int) -> int:
+def _best_node(rooms: np.ndarray, own: int, wanted: int, P: int) -> int:
     """The node with the best room for `wanted` (a key); the own one if its best is as large."""
-    most = 0
-    for node in range(len(rooms)):
-        if num_rooms[node]:
-            most = max(most, rooms[node, num_rooms[node] - 1] // P * P)
+    most = np.int64(0)
+    for queue in rooms:
+        if queue[0]:
+            most = max(most, queue[queue[0]] // P * P)
     wanted = min(wanted, most)
-    if num_rooms[own] and rooms[own, num_rooms[own] - 1] >= wanted:
+    if rooms[own, 0] and rooms[own, rooms[own, 0]] >= wanted:
         return own
-    best, least = own, 2**63 - 1
+    best, least = own, np.iinfo(np.int64).max
     for node in range(len(rooms)):
-        place = find(rooms[node], num_rooms[node], wanted)
-        if place < num_rooms[node] and rooms[node, place] < least:
+        place = find(rooms[node], wanted)
+        if place <= rooms[node, 0] and rooms[node, place] < least:
             best, least = node, rooms[node, place]
     return best
 
@@ -217,7 +210,7 @@ def _even_out(left: np.ndarray, load: np.ndarray, least: int, moves: np.ndarray,
     M = len(left) // P
     worth_it = (least + largest_of(load)) // 2
     level = np.empty(P, np.int64)  # of each lender and its borrowers
-    first = 0
+    first = np.int64(0)
     while first < n:
         lender, last = _find_group(moves, n, first, M)
         total, members = load[lender], 1
@@ -229,7 +222,7 @@ def _even_out(left: np.ndarray, load: np.ndarray, least: int, moves: np.ndarray,
         if level[lender] > worth_it:
             return n
         first = last
-    first = 0
+    first = np.int64(0)
     while first < n:
         lender, last = _find_group(moves, n, first, M)
         _settle_at(level[lender], lender, moves[first:last], left, load)
