@@ -56,7 +56,7 @@ def exact_moves(
         surplus[rank] = load[rank] - surplus[rank]
     left = loads.copy()
     unlent = np.zeros(P, np.int64)
-    n = np.int64(0)  # no literal, for which numba would compile `_balance` a second time
+    n = 0 * P  # no literal, for which numba would compile `_balance` a second time
     size = node_size
     while True:
         for first in range(0, P, size):

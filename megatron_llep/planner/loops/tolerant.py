@@ -82,7 +82,7 @@ def most_tokens(load: np.ndarray, node_size: int, lends_across: bool, tolerance:
     cap = _exceed_mean(total_of(load), P, tolerance)
     if lends_across:
         return cap
-    most = np.int64(0)
+    most = 0 * P
     for first in range(0, P, node_size):
         most = max(most, total_of(load[first : first + node_size]))
     return cap if most <= cap * node_size else _exceed_mean(most, node_size, tolerance)
@@ -180,7 +180,7 @@ def _best_room(rooms: np.ndarray, wanted: int, P: int) -> int:
 @njit
 def _best_node(rooms: np.ndarray, own: int, wanted: int, P: int) -> int:
     """The node with the best room for `wanted` (a key); the own one if its best is as large."""
-    most = np.int64(0)
+    most = 0
     for queue in rooms:
         if queue[0]:
             most = max(most, queue[queue[0]] // P * P)
@@ -210,7 +210,7 @@ def _even_out(left: np.ndarray, load: np.ndarray, least: int, moves: np.ndarray,
     M = len(left) // P
     worth_it = (least + largest_of(load)) // 2
     level = np.empty(P, np.int64)  # of each lender and its borrowers
-    first = np.int64(0)
+    first = 0 * n
     while first < n:
         lender, last = _find_group(moves, n, first, M)
         total, members = load[lender], 1
@@ -222,7 +222,7 @@ def _even_out(left: np.ndarray, load: np.ndarray, least: int, moves: np.ndarray,
         if level[lender] > worth_it:
             return n
         first = last
-    first = np.int64(0)
+    first = 0 * n
     while first < n:
         lender, last = _find_group(moves, n, first, M)
         _settle_at(level[lender], lender, moves[first:last], left, load)
