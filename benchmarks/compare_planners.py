@@ -24,7 +24,13 @@ from megatron_llep.offline.report.results import write_results
 from megatron_llep.offline.simulator.eplb import place_replicas, spread_evenly
 from megatron_llep.offline.timing import median_seconds
 from megatron_llep.offline.workloads import WORKLOADS, Workload, make_counts
-from megatron_llep.planner import Plan, imbalance_of, make_plan, plan_from_quota
+from megatron_llep.planner import (
+    Plan,
+    compile_planners,
+    imbalance_of,
+    make_plan,
+    plan_from_quota,
+)
 from megatron_llep.planner.cost.traffic import count_tokens
 from megatron_llep.planner.topology import Topology
 
@@ -227,6 +233,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help=f"make {RESULTS.name} first")
     args = parser.parse_args()
     if args.measure:
+        compile_planners()
         cases = [measure_case(P, E, routing) for P, E in SIZES for routing in ROUTINGS]
         write_results(RESULTS, {"cases": cases})
     page = format_page(json.loads(RESULTS.read_text()))

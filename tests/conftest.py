@@ -17,3 +17,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from megatron_llep.device import use_cpu_if_no_gpu
 
         use_cpu_if_no_gpu()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once() -> None:
+    """In this process, before ranks are forked: together they would compile the same."""
+    from megatron_llep.planner import compile_planners
+
+    compile_planners()

@@ -27,6 +27,7 @@ from megatron_llep.lending.groups import gather_objects
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import install_tracker
+from megatron_llep.planner.compiled import NOT_CACHED, compile_planners
 from megatron_llep.validation import check_layer, check_same_on_all_ranks, refuse_on_all_ranks
 
 
@@ -62,6 +63,8 @@ def with_llep(
             else:
                 replaced = spec
                 notices.add([NOBODY_TO_LEND_TO])
+        if groups and not _compile_planners():
+            notices.add([NOT_CACHED])
     except ValueError as error:
         refusal = str(error)
     refuse_on_all_ranks(refusal)
@@ -117,6 +120,11 @@ def convert_model(
                         is_alone = True
                 except ValueError as error:
                     refusal = refusal or f"{error} ({name or 'the layer'} of chunk {number})"
+    is_cached = True
+    try:
+        is_cached = not found or _compile_planners()
+    except ValueError as error:
+        refusal = refusal or str(error)
     refuse_on_all_ranks(refusal)
     install_tracker()
     shared = SharedLending(progress)
@@ -124,12 +132,16 @@ def convert_model(
         [groups for _, groups in found], join_replicas=config.replicas == "expert-dp"
     )
     # Rank 0 may have a stage without MoE layers, and tells what concerns the others.
-    ranks_lend, ranks_are_alone = zip(*gather_objects((bool(found), is_alone)), strict=True)
+    ranks_lend, ranks_are_alone, ranks_are_cached = zip(
+        *gather_objects((bool(found), is_alone, is_cached)), strict=True
+    )
     if any(ranks_lend):
         for config_of_model in _list_configurations(chunks):
             notices.add(replace_settings(config_of_model))
     if any(ranks_are_alone):
         notices.add([NOBODY_TO_LEND_TO])
+    if not all(ranks_are_cached):
+        notices.add([NOT_CACHED])
     notices.tell()
     for layer, groups in found:
         LLEPMoELayer.convert(layer, llep=config, shared=shared, pg_collection=groups)
@@ -164,6 +176,18 @@ def _all_agree(config: LLEPConfig, name: str) -> bool:
         return False
     check_same_on_all_ranks(config)
     return config.enabled
+
+
+def _compile_planners() -> bool:
+    """Compile what plans, so that no training step waits for it; whether the code is kept.
+
+    Raises:
+        ValueError: there is no numba.
+    """
+    try:
+        return compile_planners().is_cached
+    except ImportError as error:
+        raise ValueError(f"--moe-llep: the planners need numba ({error}); install it") from error
 
 
 def _check_convertible(layer: MoELayer, config: LLEPConfig) -> None:

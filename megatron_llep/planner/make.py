@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_llep.planner.auto import choose_plan
-from megatron_llep.planner.exact import exact_moves
-from megatron_llep.planner.lla import lla_moves
-from megatron_llep.planner.plan import Plan, PlanMove, imbalance_of, plan_from_moves
-from megatron_llep.planner.tolerant import tolerant_moves
+from megatron_llep.planner.compiled import compile_planners
+from megatron_llep.planner.plan import Plan, freeze_plan
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
 if TYPE_CHECKING:
     from megatron_llep.planner.cost.model import LayerCost
 
 PLANNERS = ("tolerant", "exact", "lla", "lp", "auto")
+"""In the order of their numbers in `loops.plan`, which knows none of `auto`."""
 LLA_THRESHOLD = 1.3
 """The paper's lambda."""
 
@@ -75,34 +74,31 @@ def make_plan(
         imbalance_threshold=imbalance_threshold,
         tolerance=tolerance,
     )
-    topology.node_size(P)
-    loads = counts.sum(axis=0, dtype=np.int64)
-    rank_loads = loads.reshape(P, -1).sum(axis=1).tolist()
-    if planner == "auto":
-        if cost is None:
-            raise ValueError("planner='auto' predicts times: give it a cost model with cost=")
-        return choose_plan(counts, loads, rank_loads, max_foreign, topology, cost)
-    if imbalance_of(rank_loads) >= imbalance_threshold:
-        moves: list[PlanMove]
-        if planner == "tolerant":
-            moves = tolerant_moves(loads, rank_loads, max_foreign, topology, tolerance=tolerance)
-        elif planner == "exact":
-            moves = exact_moves(loads, rank_loads, max_foreign, topology)
-        elif planner == "lp":
-            moves = []  # holders are fixed: it spreads tokens over replicas, before this
-        else:
-            moves = lla_moves(
-                loads,
-                rank_loads,
-                max_foreign,
-                topology,
-                capacity_factor=capacity_factor,
-                min_tokens_per_gemm=min_tokens_per_gemm,
-            )
-        plan = plan_from_moves(loads, rank_loads, moves)
-        if plan.is_fallback or plan.imbalance_after < plan.imbalance_before:
-            return plan
-    return plan_from_moves(loads, rank_loads, [])
+
+    predicts = planner == "auto"
+
+    def run(planner: str, tolerance: float = tolerance) -> Plan:
+        quota, foreign_experts, transfers, smallest, *loads = compile_planners().plan_counts(
+            np.ascontiguousarray(counts, np.int64),
+            PLANNERS.index(planner),
+            max_foreign,
+            topology.node_size(P),
+            topology.lend_across_nodes,
+            capacity_factor,
+            min_tokens_per_gemm,
+            0.0 if predicts else imbalance_threshold,
+            tolerance,
+            not predicts,
+        )
+        if smallest < 0:
+            raise ValueError(f"counts must not be negative, the smallest is {smallest}")
+        return freeze_plan(quota, foreign_experts, transfers, *loads)
+
+    if not predicts:
+        return run(planner)
+    if cost is None:
+        raise ValueError("planner='auto' predicts times: give it a cost model with cost=")
+    return choose_plan(run, counts, topology, cost)
 
 
 def default_threshold(planner: str, tolerance: float) -> float:
@@ -113,7 +109,7 @@ def default_threshold(planner: str, tolerance: float) -> float:
 
 
 def check_counts(counts: np.ndarray) -> None:
-    """Raise ValueError unless counts are non-negative integers [P, E] with P dividing E."""
+    """Raise ValueError unless counts are integers [P, E] with P dividing E."""
     if counts.ndim != 2 or 0 in counts.shape:
         raise ValueError(f"counts must be a non-empty [P, E] array, not {list(counts.shape)}")
     if counts.dtype.kind not in "iu":
@@ -121,8 +117,6 @@ def check_counts(counts: np.ndarray) -> None:
     P, E = counts.shape
     if E % P:
         raise ValueError(f"{E} experts do not divide over {P} ranks: use a multiple of {P}")
-    if counts.min() < 0:
-        raise ValueError(f"counts must not be negative, the smallest is {counts.min()}")
 
 
 def check_options(

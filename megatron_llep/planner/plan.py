@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PlanMove = tuple[int, int, int]
-"""(expert, borrower, tokens): a rank that computes so many tokens of an expert not native to it."""
+from megatron_llep.planner.compiled import compile_planners
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -18,8 +17,7 @@ class Plan:
     """Which rank computes how many tokens of which expert. Arrays are int64 and read-only.
 
     Expert e is native to rank e // M; any other rank that computes some of its tokens holds it
-    in a foreign slot for this micro-batch. Build a plan with `plan_from_moves` or
-    `plan_from_quota`.
+    in a foreign slot for this micro-batch. Build a plan with `make_plan` or `plan_from_quota`.
     """
 
     quota: np.ndarray
@@ -109,46 +107,36 @@ class Plan:
                 )
 
 
-def plan_from_moves(loads: np.ndarray, rank_loads: list[int], moves: list[PlanMove]) -> Plan:
-    """Build the plan in which these tokens leave their home, and no others.
-
-    Args:
-        loads: int64 [E] tokens per expert.
-        rank_loads: [P] tokens per rank under plain expert parallelism.
-        moves: at most one for a pair of expert and borrower, none of zero tokens.
-    """
-    P = len(rank_loads)
-    M = len(loads) // P
-    quota = native_quota(loads, P)
-    cells = memoryview(quota)  # for single elements faster than the array
-    held: list[list[int]] = [[] for _ in range(P)]
-    transfers = []
-    for expert, borrower, tokens in sorted(moves):
-        home = expert // M
-        cells[expert, home] -= tokens
-        cells[expert, borrower] = tokens
-        held[borrower].append(expert)
-        transfers.append((home, borrower, expert))
-    return _freeze(quota, held, transfers, rank_loads, loads_after(rank_loads, moves, M))
-
-
 def plan_from_quota(quota: np.ndarray) -> Plan:
     """Derive slots, transfers and imbalances from the quotas alone.
 
     Args:
         quota: int64 [E, P], non-negative, P divides E. The plan keeps it and makes it read-only.
     """
-    E, P = quota.shape
-    M = E // P
-    expert, rank = np.nonzero(quota)
-    lent = rank != expert // M
-    held: list[list[int]] = [[] for _ in range(P)]
-    transfers = []
-    for e, g in zip(expert[lent].tolist(), rank[lent].tolist(), strict=True):
-        held[g].append(e)
-        transfers.append((e // M, g, e))
-    before = quota.sum(axis=1).reshape(P, M).sum(axis=1).tolist()
-    return _freeze(quota, held, transfers, before, quota.sum(axis=0).tolist())
+    found = compile_planners().read_quotas(np.ascontiguousarray(quota, np.int64))
+    return freeze_plan(quota, *found)
+
+
+def freeze_plan(
+    quota: np.ndarray,
+    foreign_experts: np.ndarray,
+    transfers: np.ndarray,
+    total: int,
+    before: int,
+    after: int,
+) -> Plan:
+    """Build a plan of its tables, all tokens, and the largest load of a rank before and after."""
+    P = quota.shape[1]
+    for array in (quota, foreign_experts, transfers):
+        array.setflags(write=False)
+    return Plan(
+        quota=quota,
+        foreign_experts=foreign_experts,
+        transfers=transfers,
+        is_fallback=not len(transfers),
+        imbalance_before=before * P / total if total else 1.0,
+        imbalance_after=after * P / total if total else 1.0,
+    )
 
 
 def native_quota(loads: np.ndarray, num_ranks: int) -> np.ndarray:
@@ -157,15 +145,6 @@ def native_quota(loads: np.ndarray, num_ranks: int) -> np.ndarray:
     quota = np.zeros((E, num_ranks), dtype=np.int64)
     quota[np.arange(E), np.arange(E) // (E // num_ranks)] = loads
     return quota
-
-
-def loads_after(rank_loads: list[int], moves: list[PlanMove], experts_per_rank: int) -> list[int]:
-    """[P] tokens per rank with these moves, from those under plain expert parallelism."""
-    after = rank_loads.copy()
-    for expert, borrower, tokens in moves:
-        after[expert // experts_per_rank] -= tokens
-        after[borrower] += tokens
-    return after
 
 
 def imbalance_of(rank_loads: list[int]) -> float:
@@ -183,41 +162,6 @@ def slot_of_expert(plan: Plan) -> np.ndarray:
     rank, foreign_slot = np.nonzero(plan.foreign_experts >= 0)
     slot[rank, plan.foreign_experts[rank, foreign_slot]] = M + foreign_slot
     return slot
-
-
-def _freeze(
-    quota: np.ndarray,
-    held: list[list[int]],
-    transfers: list[tuple[int, int, int]],
-    before: list[int],
-    after: list[int],
-) -> Plan:
-    """Put the parts of a plan in order.
-
-    Takes the foreign experts of each rank, ascending, the transfers as (home, borrower, expert),
-    and the loads of the ranks [P] before and after.
-    """
-    S = max(map(len, held))
-    no_expert = [-1] * S
-    slots: list[int] = []
-    for experts in held:
-        slots += experts
-        slots += no_expert[len(experts) :]
-    foreign_experts = np.array(slots, np.int64).reshape(len(held), S)
-    rows: list[int] = []
-    for home, borrower, expert in sorted(transfers):
-        rows += expert, home, borrower
-    ordered = np.array(rows, np.int64).reshape(-1, 3)
-    for array in (quota, foreign_experts, ordered):
-        array.setflags(write=False)
-    return Plan(
-        quota=quota,
-        foreign_experts=foreign_experts,
-        transfers=ordered,
-        is_fallback=not transfers,
-        imbalance_before=imbalance_of(before),
-        imbalance_after=imbalance_of(after),
-    )
 
 
 def _first(mask: np.ndarray) -> tuple[int, ...]:

@@ -9,9 +9,9 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("megatron_llep", ["torch", "megatron"]),
-        ("megatron_llep.planner", ["torch", "megatron"]),
-        ("megatron_llep.config", ["torch", "megatron"]),
+        ("megatron_llep", ["torch", "megatron", "numba"]),
+        ("megatron_llep.planner", ["torch", "megatron", "numba"]),
+        ("megatron_llep.config", ["torch", "megatron", "numba"]),
         ("megatron_llep.offline.compare.command", ["torch", "megatron", "matplotlib", "wandb"]),
         ("megatron_llep.device", ["megatron", "transformer_engine"]),
     ],

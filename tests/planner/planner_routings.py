@@ -6,10 +6,9 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from megatron_llep.planner.exact import exact_moves
-from megatron_llep.planner.lla import lla_moves
-from megatron_llep.planner.plan import plan_from_moves
-from megatron_llep.planner.tolerant import tolerant_moves
+from megatron_llep.planner import PLANNERS
+from megatron_llep.planner.compiled import compile_planners
+from megatron_llep.planner.topology import ONE_NODE, Topology
 
 # The same examples on every run, and no deadline on a shared machine.
 REPRODUCIBLE = settings(
@@ -68,12 +67,34 @@ def routings(draw, max_ranks: int = 64, max_experts: int = 512) -> tuple[np.ndar
     return counts, draw(st.sampled_from([M, M, 0, 1, M // 2]))
 
 
-def _quota(make_loans, loads, num_ranks: int, *args, **options) -> np.ndarray:
+def _quota(
+    planner: str,
+    loads: np.ndarray,
+    num_ranks: int,
+    max_foreign: int,
+    topology: Topology = ONE_NODE,
+    *,
+    capacity_factor: float = 1.0,
+    min_tokens_per_gemm: int = 0,
+    tolerance: float = 0.05,
+) -> np.ndarray:
     """[E, P] quotas of a planner alone, without thresholds or fall-back."""
-    rank_loads = loads.reshape(num_ranks, -1).sum(axis=1).tolist()
-    return plan_from_moves(loads, rank_loads, make_loans(loads, rank_loads, *args, **options)).quota
+    counts = np.zeros((num_ranks, len(loads)), dtype=np.int64)
+    counts[0] = loads
+    return compile_planners().plan_counts(
+        counts,
+        PLANNERS.index(planner),
+        max_foreign,
+        topology.node_size(num_ranks),
+        topology.lend_across_nodes,
+        capacity_factor,
+        min_tokens_per_gemm,
+        0.0,
+        tolerance,
+        False,
+    )[0]
 
 
-exact_quota = partial(_quota, exact_moves)
-lla_quota = partial(_quota, lla_moves)
-tolerant_quota = partial(_quota, tolerant_moves)
+exact_quota = partial(_quota, "exact")
+lla_quota = partial(_quota, "lla")
+tolerant_quota = partial(_quota, "tolerant")

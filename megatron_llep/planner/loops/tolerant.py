@@ -1,0 +1,280 @@
+"""Balance up to a tolerance, with as few transfers as possible.
+
+Shape letters: P ranks, E experts, M = E / P experts native to a rank, N nodes.
+"""
+
+import numpy as np
+from numba import njit
+
+from megatron_llep.planner.loops.exact import even_shares, exact_moves, most_left
+from megatron_llep.planner.loops.moves import copy_move, set_move
+from megatron_llep.planner.loops.queue import find, insert, take, take_last
+from megatron_llep.planner.loops.sums import largest_of, total_of
+
+
+@njit
+def tolerant_moves(
+    loads: np.ndarray,
+    load: np.ndarray,
+    max_foreign: int,
+    node_size: int,
+    lends_across: bool,
+    tolerance: float,
+    moves: np.ndarray,
+) -> int:
+    """Few moves after which no rank computes more than (1 + tolerance) * mean tokens.
+
+    1. Every rank above the cap (`most_tokens`) lends its surplus (`_shed`).
+    2. Lender and borrowers even out at no further transfer (`_even_out`).
+    3. Where `exact_moves` keeps the cap with fewer moves, or has a lower largest load above it,
+       its moves are taken. With a slot for each native expert it makes a move for every rank
+       below its even share at least, so it is not tried where there are no more moves than these.
+
+    So the cap is kept wherever `exact_moves` with the same slots and topology keeps it, and then
+    there are no more moves than its. A surplus within the cap is not lent; one above it is,
+    however small: the cap comes before min_tokens_per_gemm.
+
+    Args:
+        loads: int64 [E] tokens per expert.
+        load: int64 [P] tokens per rank under plain expert parallelism; becomes those after.
+        max_foreign: most foreign experts per rank, 0 .. M.
+        node_size: ranks on a node; divides P.
+        lends_across: whether experts may be lent to other nodes.
+        tolerance: at least 0.
+        moves: int64 [P * max_foreign, 3], filled with rows (expert, borrower, tokens).
+
+    Returns:
+        How many moves there are.
+    """
+    cap = most_tokens(load, node_size, lends_across, tolerance)
+    if largest_of(load) <= cap:
+        return 0
+    P = len(load)
+    shares = even_shares(load, P if lends_across else node_size)
+    below_share = 0
+    for rank in range(P):
+        below_share += load[rank] < shares[rank]
+    left, exact_load = loads.copy(), load.copy()
+    n = _shed(left, load, max_foreign, node_size, lends_across, cap, moves)
+    n = _even_out(left, load, largest_of(shares), moves, n)
+    if max_foreign == len(loads) // P and n <= below_share and largest_of(load) <= cap:
+        return n
+    exact = np.empty_like(moves)
+    num_exact = exact_moves(loads, exact_load, max_foreign, node_size, lends_across, exact)
+    most, exact_most = max(cap, largest_of(load)), max(cap, largest_of(exact_load))
+    if exact_most < most or (exact_most == most and num_exact < n):
+        n = num_exact
+        for i in range(n):
+            copy_move(exact, i, moves, i)
+        for rank in range(P):
+            load[rank] = exact_load[rank]
+    return n
+
+
+@njit
+def most_tokens(load: np.ndarray, node_size: int, lends_across: bool, tolerance: float) -> int:
+    """The cap: (1 + tolerance) * mean, rounded down, but at least the mean, rounded up.
+
+    Where lending across nodes is ruled out and a node has more than its ranks can take under
+    that cap, the mean is that of the node with the most tokens.
+    """
+    P = len(load)
+    cap = _exceed_mean(total_of(load), P, tolerance)
+    if lends_across:
+        return cap
+    most = 0 * P
+    for first in range(0, P, node_size):
+        most = max(most, total_of(load[first : first + node_size]))
+    return cap if most <= cap * node_size else _exceed_mean(most, node_size, tolerance)
+
+
+@njit
+def _exceed_mean(total: int, num_ranks: int, tolerance: float) -> int:
+    """Most tokens with which a rank has at most 1 + tolerance times the mean; or the mean."""
+    limit = min(1 + tolerance, float(num_ranks))
+    tokens = int(limit * total / num_ranks) + 1
+    while tokens * num_ranks / max(total, 1) > limit:
+        tokens -= 1
+    return max(tokens, (total + num_ranks - 1) // num_ranks)
+
+
+@njit
+def _shed(
+    left: np.ndarray,
+    load: np.ndarray,
+    max_foreign: int,
+    node_size: int,
+    lends_across: bool,
+    cap: int,
+    moves: np.ndarray,
+) -> int:
+    """Moves that bring every rank down to the cap, as far as slots allow.
+
+    The lender furthest above the cap goes first. It always lends from its expert with most
+    tokens left, to the rank with the least room for all that expert or that surplus, or, if there
+    is none, to the rank with most room, which it fills. The lowest id wins ties.
+
+    A borrower's last slot must not leave room unused: it is filled up, even if the lender, which
+    still has its slots, falls below the cap and so becomes a borrower.
+
+    A lender stays within its node if that has room for all its surplus, or as good a room;
+    otherwise it looks at all nodes, if it may.
+
+    Updates `left`, the tokens of each expert at its home [E], and `load` [P].
+    """
+    P = len(load)
+    M = len(left) // P
+    if max_foreign == 0:
+        return 0
+    lenders = np.zeros(P + 1, np.int64)
+    # By node, a queue of the ranks with room and a slot, from the least room up.
+    rooms = np.zeros((P // node_size, node_size + 1), np.int64)
+    room_in_node = np.zeros(P // node_size, np.int64)
+    slots = np.full(P, max_foreign)
+    for rank in range(P):
+        node = rank // node_size
+        if load[rank] > cap:
+            insert(lenders, (load[rank] - cap) * P + P - 1 - rank)
+        elif load[rank] < cap:
+            insert(rooms[node], (cap - load[rank]) * P + rank)
+            room_in_node[node] += cap - load[rank]
+    n = 0
+    while lenders[0]:
+        lender = P - 1 - take_last(lenders) % P
+        own = lender // node_size
+        stays = not lends_across or room_in_node[own] >= load[lender] - cap
+        while load[lender] > cap:
+            expert = most_left(left, lender * M, M)
+            wanted = min(left[expert], load[lender] - cap)
+            node = own
+            if not stays or (lends_across and rooms[own, 0] == 0):
+                node = _best_node(rooms, own, wanted * P, P)
+            if rooms[node, 0] == 0:
+                break
+            key = take(rooms[node], _best_room(rooms[node], wanted * P, P))
+            room, borrower = key // P, key % P
+            room_in_node[node] -= room
+            slots[borrower] -= 1
+            tokens = min(wanted if slots[borrower] else left[expert], room)
+            set_move(moves, n, expert, borrower, tokens)
+            n += 1
+            left[expert] -= tokens
+            load[lender] -= tokens
+            load[borrower] += tokens
+            if slots[borrower] and room > tokens:
+                insert(rooms[node], (room - tokens) * P + borrower)
+                room_in_node[node] += room - tokens
+        if load[lender] < cap:
+            insert(rooms[own], (cap - load[lender]) * P + lender)
+            room_in_node[own] += cap - load[lender]
+    return n
+
+
+@njit
+def _best_room(rooms: np.ndarray, wanted: int, P: int) -> int:
+    """Place of the least room for `wanted` (a key), or else of the most; there is one."""
+    most = rooms[rooms[0]] // P * P
+    return find(rooms, min(wanted, most))
+
+
+@njit
+def _best_node(rooms: np.ndarray, own: int, wanted: int, P: int) -> int:
+    """The node with the best room for `wanted` (a key); the own one if its best is as large."""
+    most = 0
+    for queue in rooms:
+        if queue[0]:
+            most = max(most, queue[queue[0]] // P * P)
+    wanted = min(wanted, most)
+    if rooms[own, 0] and rooms[own, rooms[own, 0]] >= wanted:
+        return own
+    best, least = own, np.iinfo(np.int64).max
+    for node in range(len(rooms)):
+        place = find(rooms[node], wanted)
+        if place <= rooms[node, 0] and rooms[node, place] < least:
+            best, least = node, rooms[node, place]
+    return best
+
+
+@njit
+def _even_out(left: np.ndarray, load: np.ndarray, least: int, moves: np.ndarray, n: int) -> int:
+    """Change how many tokens are lent so that each lender and its borrowers have equal loads.
+
+    No lower than `least`, the best that the most loaded rank can have, as that would move tokens
+    for nothing; and only if the largest load comes at least half the way down to it. No rank
+    rises above the largest load before. A move of which nothing remains is dropped.
+
+    Updates `left` [E], `load` [P] and the n moves, which are in the order of their lenders;
+    returns how many there are then.
+    """
+    P = len(load)
+    M = len(left) // P
+    worth_it = (least + largest_of(load)) // 2
+    level = np.empty(P, np.int64)  # of each lender and its borrowers
+    first = 0 * n
+    while first < n:
+        lender, last = _find_group(moves, n, first, M)
+        total, members = load[lender], 1
+        for i in range(first, last):
+            if not _contains(moves[first:i, 1], moves[i, 1]):
+                total += load[moves[i, 1]]
+                members += 1
+        level[lender] = max(least, (total + members - 1) // members)
+        if level[lender] > worth_it:
+            return n
+        first = last
+    first = 0 * n
+    while first < n:
+        lender, last = _find_group(moves, n, first, M)
+        _settle_at(level[lender], lender, moves[first:last], left, load)
+        first = last
+    kept = 0
+    for i in range(n):
+        if moves[i, 2]:
+            copy_move(moves, i, moves, kept)
+            kept += 1
+    return kept
+
+
+@njit
+def _find_group(moves: np.ndarray, n: int, first: int, M: int) -> tuple[int, int]:
+    """The lender of a move, and the place after the last of its moves."""
+    lender = moves[first, 0] // M
+    last = first
+    while last < n and moves[last, 0] // M == lender:
+        last += 1
+    return lender, last
+
+
+@njit
+def _contains(ranks: np.ndarray, rank: int) -> bool:
+    for each in ranks:  # noqa: SIM110, numba has no `any`
+        if each == rank:
+            return True
+    return False
+
+
+@njit
+def _settle_at(
+    level: int, lender: int, moves: np.ndarray, left: np.ndarray, load: np.ndarray
+) -> None:
+    """Bring a lender and its borrowers to one level: more is lent to those below, or less."""
+    spare = load[lender] - level  # and what borrowers above the level will give back
+    for i in range(len(moves)):
+        spare += min(moves[i, 2], max(load[moves[i, 1]] - level, 0))
+    for i in range(len(moves)):
+        expert, borrower = moves[i, 0], moves[i, 1]
+        tokens = min(spare, level - load[borrower], left[expert])
+        if tokens > 0:
+            moves[i, 2] += tokens
+            left[expert] -= tokens
+            load[borrower] += tokens
+            load[lender] -= tokens
+            spare -= tokens
+    for i in range(len(moves)):
+        expert, borrower = moves[i, 0], moves[i, 1]
+        tokens = min(moves[i, 2], load[borrower] - level, level - load[lender])
+        if tokens > 0:
+            moves[i, 2] -= tokens
+            left[expert] += tokens
+            load[borrower] -= tokens
+            load[lender] += tokens
