@@ -40,6 +40,7 @@ from megatron_llep.placement import (
 from megatron_llep.placement.counting import CountTable
 from megatron_llep.placement.exchange import TokenExchange
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, take
+from megatron_llep.placement.travel import exchange_rows
 from megatron_llep.planner import (
     Topology,
     load_per_rank,
@@ -218,15 +219,16 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Exchange tokens [N, H] and probabilities [N] between the P ranks.
 
-        Overlapping shared experts run their first linear meanwhile, as Megatron has it.
+        `Planned.meanwhile` runs while tokens travel; then, as Megatron has it, the first linear of
+        overlapping shared experts.
         """
         placed = take(Placed, tokens)
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        tokens = self._exchange(tokens, placed.exchange, back=False)
+        tokens = self._exchange(tokens, placed.exchange, meanwhile=placed.meanwhile)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(tokens)
-        probs = self._exchange(probs, placed.exchange, back=False)
+        probs = self._exchange(probs, placed.exchange)
         hand_on(placed, tokens)
         return tokens, probs
 
@@ -314,7 +316,15 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             output = output + self.shared_experts.get_output()
         return output
 
-    def _exchange(self, rows: torch.Tensor, sizes: TokenExchange, *, back: bool) -> torch.Tensor:
-        """Exchange rows [n, ...] between the P ranks, there or back."""
+    def _exchange(
+        self,
+        rows: torch.Tensor,
+        sizes: TokenExchange,
+        *,
+        back: bool = False,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Exchange rows [n, ...] between the P ranks, there or back; `meanwhile` while they go."""
         into, out_of = (sizes.sent, sizes.received) if back else (sizes.received, sizes.sent)
-        return all_to_all(self.ep_group, rows, into, out_of, use_nccl_stream=self.use_nccl_stream)
+        run = all_to_all if meanwhile is None else partial(exchange_rows, meanwhile)
+        return run(self.ep_group, rows, into, out_of, use_nccl_stream=self.use_nccl_stream)

@@ -7,7 +7,7 @@ on to the next (`placement.forward`); the layer itself keeps settings only.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Concatenate
@@ -179,7 +179,10 @@ class LLEPMoELayer(MoELayer):
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Plan, start lending, and order the tokens for dispatch.
+        """Plan, and order the tokens for dispatch.
+
+        Lending starts when tokens are on their way. Where a schedule cuts the layer another
+        micro-batch's backward comes before that: there it starts at once, not to wait for it.
 
         Args:
             hidden_states: [..., H], T tokens.
@@ -192,13 +195,20 @@ class LLEPMoELayer(MoELayer):
         if find(Routed, routing_map) is None:
             hand_on(self._start_count(routing_map), routing_map)
         planned = self.token_dispatcher.plan(take(Routed, routing_map))
-        loan = None if planned.plan.is_fallback else self._open_loan(planned)
-        planned = replace(planned, loan=loan)
+        loan = start = None
+        if not planned.plan.is_fallback:
+            loan = self._make_loan(planned)
+            start = partial(_start_lending, planned.weight_waits, loan)
+        planned = replace(planned, loan=loan, meanwhile=None if self._is_cut else start)
         if not self._is_cut:
             hidden_states = self._hold_grads(planned, hidden_states)
         hand_on(planned, routing_map)
         rows, probs = super().preprocess(hidden_states, probs, routing_map)
-        if loan is not None and not self._is_cut:
+        if loan is None or start is None:
+            return rows, probs
+        if self._is_cut:
+            start()
+        else:
             relay(loan, rows)
         return rows, probs
 
@@ -206,7 +216,10 @@ class LLEPMoELayer(MoELayer):
     def dispatch(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `MoELayer.dispatch`; notes what was planned, which nothing has to wait for by then."""
+        """As `MoELayer.dispatch`, and starts lending while tokens travel.
+
+        Notes what was planned as well, which nothing has to wait for by then.
+        """
         with step("dispatch"):
             tokens, probs = super().dispatch(hidden_states, probs)
         self._record(read(Placed, tokens))
@@ -297,11 +310,8 @@ class LLEPMoELayer(MoELayer):
             routed, natives=self.lendable.weights(), weight_waits=self.lendable.parameter_hooks()
         )
 
-    def _open_loan(self, planned: Planned) -> WeightLoan:
-        """Start to send lent experts and to receive foreign ones."""
-        for wait in planned.weight_waits:
-            wait()
-        loan = WeightLoan(
+    def _make_loan(self, planned: Planned) -> WeightLoan:
+        return WeightLoan(
             planned.plan,
             planned.natives,
             group=self.lending_group,
@@ -312,8 +322,6 @@ class LLEPMoELayer(MoELayer):
             shared=self.shared_lending,
             note_bytes=self._note_bytes,
         )
-        loan.start_fetch()
-        return loan
 
     def _grad_dtype(self) -> torch.dtype:
         if self.llep.grad_dtype == "fp32":
@@ -354,3 +362,10 @@ class LLEPMoELayer(MoELayer):
                 foreign_bytes=foreign_bytes,
                 plan_seconds=placed.plan_seconds,
             )
+
+
+def _start_lending(weight_waits: Sequence[Callable[[], object]], loan: WeightLoan) -> None:
+    """Start to send lent experts and to receive foreign ones."""
+    for wait in weight_waits:
+        wait()
+    loan.start_fetch()

@@ -66,7 +66,8 @@ class LoanExchanges:
         first, *second = self._fetched.exchanges
         buffers = [make_buffers(first, slots, incoming=slots if self._arrives_whole() else None)]
         buffers += [make_buffers(exchange, slots) for exchange in second]
-        lent = {expert: self._parcel.flatten(natives[expert]) for expert in self._fetched.lent}
+        experts = sorted({piece.expert for piece in first.sends})
+        lent = {expert: self._parcel.flatten(natives[expert]) for expert in experts}
         return self._start(self._fetch(lent, slots, buffers), [*buffers, *lent.values()])
 
     def start_return(

@@ -3,12 +3,18 @@
 Letters: P ranks of the expert-parallel group, M native experts a rank, F foreign experts of this
 rank in one plan, W numbers in one expert's weights, B units in its parcel.
 
+A fetch starts when this rank's tokens are on their way, so that they do not wait for the host to
+prepare it; and it does not wait for them, as the main stream does so only afterwards
+(`placement.travel`). Both exchanges are then launched in this order on all ranks.
+
 On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe:
 
-- Every buffer is allocated on the main stream (the current one of the caller) before the side
+- Every buffer is allocated on the main stream (that on which the loan was made) before the side
   stream starts to use it, and `SideStream.begin` lets the side stream wait for all that the main
-  stream has by then. So whatever had the memory before is done with it, and weights that the last
-  optimizer step or parameter gather wrote are in place when they are packed.
+  stream has by then: for the tokens' packing, but not for their exchange, which has a stream of its
+  own and holds its buffers until the main stream waits. So whatever had the memory before is done
+  with it, and weights that the last optimizer step or parameter gather wrote are in place when they
+  are packed.
 - Every transfer is finished: `lend`, `settle` and `HoldGrads` make the main stream wait for it,
   before they use what came, and before any buffer is let go of. So memory goes back to the main
   stream, whose allocations follow the side stream by then: no `record_stream` is needed, which
@@ -32,6 +38,7 @@ On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -43,7 +50,7 @@ from megatron_llep.lending.parcel import Parcel, Weights, drop_derived
 from megatron_llep.lending.pending import PendingExchanges
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
-from megatron_llep.lending.transfers import RankTransfers
+from megatron_llep.lending.transfers import RankTransfers, find_lent, has_shards
 from megatron_llep.planner import Plan
 
 
@@ -67,7 +74,9 @@ class WeightLoan:
         shared: SharedLending,
         note_bytes: Callable[[int, int], None],
     ):
-        """Prepare the buffers; `start_fetch` sends lent experts off, `lend` waits for them.
+        """Note the plan's part; `start_fetch` sends lent experts off, `lend` waits for them.
+
+        It takes no memory and little time, as tokens wait for it.
 
         Args:
             plan: this micro-batch's plan, the same on every rank.
@@ -82,39 +91,22 @@ class WeightLoan:
             shared: the model's stream, count of memory, and memory for gradients.
             note_bytes: called at each exchange with the bytes this rank sends and receives.
         """
-        self._sizes = [weight.numel() for weight in natives[0]]
-        self._parcel = Parcel.of(natives[0])
-        width, rank = sum(self._sizes), dist.get_rank(group)
-        self.transfers = RankTransfers.of(plan, rank, width=width, scatter_from=scatter_from)
-        """In numbers of the weights; what is fetched may be other units."""
-        fetched = self.transfers
-        if self._parcel.width != width:
-            fetched = RankTransfers.of(
-                plan, rank, width=self._parcel.width, scatter_from=scatter_from
-            )
+        self._plan, self._scatter_from = plan, scatter_from
+        self.lent = find_lent(plan, dist.get_rank(group))
+        """Native experts (0..M-1) that this rank lends, ascending."""
+        self.has_shards = has_shards(plan, scatter_from)
+        """Whether there is a second exchange, of shards; the same on every rank."""
         self.natives = natives
         self.returns = returns and torch.is_grad_enabled()
         """Whether gradients come home: this forward is recorded, and some rank trains experts."""
         self.refetch = refetch
         """Whether foreign weights are freed after forward and lent again in backward."""
         self._grad_dtype = grad_dtype
+        self._group = group
         self._shared = shared
-        self._exchanges = LoanExchanges(
-            parcel=self._parcel,
-            fetched=fetched,
-            returned=self.transfers,
-            width=width,
-            group=group,
-            shared=shared,
-            note_bytes=note_bytes,
-        )
+        self._note_bytes = note_bytes
         self._dtype, self._device = natives[0][0].dtype, natives[0][0].device
         self._on_main = shared.stream_on(self._device).way_back()
-        self._weights = torch.empty(
-            self.transfers.num_foreign * self._parcel.width,
-            dtype=self._parcel.dtype,
-            device=self._device,
-        )
         self._handed_out: list[weakref.ref[torch.Tensor]] = []
         self._held = 0
         self._grads: ForeignGrads | None = None
@@ -131,10 +123,45 @@ class WeightLoan:
     @property
     def tensors_per_expert(self) -> int:
         """Weights and biases of one expert."""
-        return len(self._sizes)
+        return len(self.natives[0])
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [weight.numel() for weight in self.natives[0]]
+
+    @cached_property
+    def _parcel(self) -> Parcel:
+        return Parcel.of(self.natives[0])
+
+    @cached_property
+    def _transfers(self) -> RankTransfers:
+        """This rank's, in numbers of the weights; what is fetched may be other units."""
+        return self._cut_transfers(sum(self._sizes))
+
+    @cached_property
+    def _exchanges(self) -> LoanExchanges:
+        as_numbers = self._parcel.width == sum(self._sizes)
+        return LoanExchanges(
+            parcel=self._parcel,
+            fetched=self._transfers if as_numbers else self._cut_transfers(self._parcel.width),
+            returned=self._transfers,
+            width=sum(self._sizes),
+            group=self._group,
+            shared=self._shared,
+            note_bytes=self._note_bytes,
+        )
+
+    @cached_property
+    def _weights(self) -> torch.Tensor:
+        """[F * B] units of foreign weights."""
+        return torch.empty(
+            self._transfers.num_foreign * self._parcel.width,
+            dtype=self._parcel.dtype,
+            device=self._device,
+        )
 
     def start_fetch(self) -> None:
-        """Start sending lent experts and receiving foreign ones."""
+        """Start sending lent experts and receiving foreign ones; all that has to be made for it."""
         with step("lend.start"), self._on_main():
             self._weights.untyped_storage().resize_(self._weights.nbytes)
             self._hold(self._weights.nbytes)
@@ -217,16 +244,21 @@ class WeightLoan:
         assert self._grads is not None
         assert returned is not None
         self._grads.close()
-        pieces = self.transfers.exchanges[0].sends
+        pieces = self._transfers.exchanges[0].sends
         for piece, values in zip(pieces, split_pieces(returned, pieces), strict=True):
             parts = list(find_parts(piece, self._sizes))
             sizes = [where.stop - where.start for _, where in parts]
             for (i, where), grad in zip(parts, values.split(sizes), strict=True):
                 yield piece.expert, i, where, grad
 
+    def _cut_transfers(self, width: int) -> RankTransfers:
+        return RankTransfers.of(
+            self._plan, dist.get_rank(self._group), width=width, scatter_from=self._scatter_from
+        )
+
     def _advance(self) -> None:
         assert self._pending is not None
-        if len(self.transfers.exchanges) > 1:
+        if self.has_shards:
             self._pending.advance()
 
     def _finish(self) -> None:

@@ -61,7 +61,7 @@ def hold_grads(
         return hidden
     held: Sequence[int] = range(len(natives))
     if not hold_all:
-        held = loan.transfers.lent if loan is not None else ()
+        held = loan.lent if loan is not None else ()
     weights = [weight for expert in held for weight in natives[expert]]
     # The anchor keeps the node in the graph of a rank on which nothing else needs a gradient.
     anchor = torch.empty(0, device=hidden.device, requires_grad=True)
@@ -100,7 +100,7 @@ def relay(loan: WeightLoan, rows: torch.Tensor) -> None:
 
     It starts after dispatch's own, so that it does not keep that from starting.
     """
-    if loan.returns and torch.is_grad_enabled() and len(loan.transfers.exchanges) > 1:
+    if loan.returns and torch.is_grad_enabled() and loan.has_shards:
         rows.register_hook(lambda _: loan.continue_return())
 
 

@@ -56,11 +56,6 @@ class RankTransfers:
     num_foreign: int
     """Experts this rank borrows; slots are in the order of the experts."""
 
-    @property
-    def lent(self) -> list[int]:
-        """Native experts (0..M-1) that this rank lends, ascending."""
-        return sorted({piece.expert for piece in self.exchanges[0].sends})
-
     @classmethod
     def of(cls, plan: Plan, rank: int, *, width: int, scatter_from: int) -> "RankTransfers":
         """The part of `rank` in the transfers of the plan.
@@ -72,7 +67,7 @@ class RankTransfers:
             scatter_from: borrowers from which on an expert goes in shards; 0: none does.
         """
         expert, home, borrower = plan.transfers.T
-        in_shards = travel_in_shards(np.bincount(expert, minlength=1), scatter_from)
+        in_shards = _find_in_shards(plan, scatter_from)
 
         @cache
         def shards_of(e: int) -> dict[int, tuple[int, int]]:
@@ -107,3 +102,19 @@ class RankTransfers:
             receives=tuple(Piece(peer, slot, *part_of(e, peer)) for peer, slot, e in shared),
         )
         return cls(exchanges=(first, second), num_foreign=len(into))
+
+
+def find_lent(plan: Plan, rank: int) -> list[int]:
+    """Native experts (0..M-1) that a rank lends, ascending."""
+    expert, home, _ = plan.transfers.T
+    return sorted(set((expert[home == rank] - rank * plan.experts_per_rank).tolist()))
+
+
+def has_shards(plan: Plan, scatter_from: int) -> bool:
+    """Whether some expert goes in shards, so that there is a second exchange, for all ranks."""
+    return bool(_find_in_shards(plan, scatter_from).any())
+
+
+def _find_in_shards(plan: Plan, scatter_from: int) -> np.ndarray:
+    """bool, by expert as far as the last one that is lent: which go in shards."""
+    return travel_in_shards(np.bincount(plan.transfers[:, 0], minlength=1), scatter_from)

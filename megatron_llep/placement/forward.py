@@ -5,7 +5,7 @@ replicas), P ranks that share the tokens, M native slots a rank, R sources (thes
 expert-tensor-parallel ranks).
 
     route        Routed   the routing, counts on their way to the host
-    preprocess   Planned  the plan, and the loan it asks for
+    preprocess   Planned  the plan, the loan it asks for, and what starts it
                  Placed   the order in which tokens are sent, and what comes back
     dispatch, compute, combine, postprocess hand Placed on
 
@@ -68,6 +68,8 @@ class Planned(Routed):
     plan_seconds: float
     loan: "WeightLoan | None" = None
     """Of the experts that this rank lends and borrows; None where nothing is lent."""
+    meanwhile: Callable[[], None] | None = None
+    """To be called when tokens are on their way, before anything waits for them."""
 
     @property
     def trains(self) -> bool:
