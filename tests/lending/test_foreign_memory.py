@@ -58,14 +58,14 @@ def run_and_measure(run: Run, foreign_weights: str) -> list[tuple[int, int, int]
         with pytest.MonkeyPatch.context() as monkeypatch:
             live = LiveBytes(monkeypatch)
             largest = 0
-            init = WeightLoan.__init__
+            start_fetch = WeightLoan.start_fetch
 
-            def note_size(loan, *args, **kwargs):
+            def note_size(loan):
                 nonlocal largest
-                init(loan, *args, **kwargs)
+                start_fetch(loan)
                 largest = max(largest, loan._weights.nbytes)
 
-            monkeypatch.setattr(WeightLoan, "__init__", note_size)
+            monkeypatch.setattr(WeightLoan, "start_fetch", note_size)
             train_with_llep(run, replace(EAGER, foreign_weights=foreign_weights))
             return live.peak, live.alive(), largest
 

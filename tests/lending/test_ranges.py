@@ -13,8 +13,9 @@ from support.llep import EAGER
 from support.ranks import run_ranks
 from support.spread import use_spread_experts
 
-TOKENS_BACK = "_AllToAllBackward"
-"""Megatron's autograd node of a token exchange."""
+TOKENS_BACK = "a token exchange, backward"
+NODES = ("_AllToAllBackward", "_ExchangeRowsBackward")
+"""Autograd nodes of a token exchange: Megatron's, and the one behind which lending starts."""
 NATIVES, NATIVES_BACK, SHARED = "natives", "natives, backward", "shared experts"
 
 
@@ -36,14 +37,15 @@ def list_steps(layer, hidden):
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         output, _ = layer(hidden)
         output.sum().backward()
-    names = (TOKENS_BACK, NATIVES, NATIVES_BACK, SHARED)
+    names = (*NODES, NATIVES, NATIVES_BACK, SHARED)
     found = [
         event
         for event in profiled.events()
         if event.name.startswith("llep/") or event.name in names
     ]
     found.sort(key=lambda event: event.time_range.start)
-    return [event.name.removeprefix("llep/") for event in found]
+    found_names = [event.name.removeprefix("llep/") for event in found]
+    return [TOKENS_BACK if name in NODES else name for name in found_names]
 
 
 def mark_shared(*_):
@@ -64,8 +66,8 @@ def mark_natives(module, inputs, outputs):
     outputs[0].register_hook(mark)
 
 
-FORWARD = ["count.start", SHARED, "count.wait", "plan", "lend.start", "place", "dispatch"]
-FORWARD += ["lend.next", "experts", NATIVES, "lend.wait", "combine"]
+FORWARD = ["count.start", SHARED, "count.wait", "plan", "place", "dispatch"]
+FORWARD += ["lend.start", "lend.next", "experts", NATIVES, "lend.wait", "combine"]
 
 
 def order_backward(llep):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llep.lending.fan_out import ALIGNMENT, cut_shards
-from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers
+from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers, find_lent, has_shards
 from megatron_llep.planner import Plan, make_plan, plan_from_quota
 from megatron_llep.planner.cost.traffic import count_lending
 from megatron_llep.planner.topology import ONE_NODE, Topology
@@ -94,9 +94,8 @@ def check_routes(plan: Plan, width: int, scatter_from: int, topology: Topology =
         np.add.at(expected, held[held >= 0], grads[r])
     assert np.array_equal(np.concatenate(give_back(routes, grads, natives)), expected)
     for r, route in enumerate(routes):
-        assert (
-            route.lent == np.unique(plan.transfers[plan.transfers[:, 1] == r, 0] - r * M).tolist()
-        )
+        assert find_lent(plan, r) == sorted({piece.expert for piece in route.exchanges[0].sends})
+        assert has_shards(plan, scatter_from) == (len(route.exchanges) > 1)
     check_traffic(routes, count_lending(plan, width, scatter_from, topology), topology)
 
 

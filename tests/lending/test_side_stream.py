@@ -28,15 +28,16 @@ from support.llep import EAGER
 from support.ranks import run_ranks
 from support.spread import use_spread_experts
 
-MAIN, SIDE, NCCL = "main", "side", "nccl"
+MAIN, SIDE, NCCL, TOKENS = "main", "side", "nccl of weights", "nccl of tokens"
+STREAMS = (MAIN, SIDE, NCCL, TOKENS)
 
 
 class Streams:
-    """Three streams, each with a clock, and which clocks of the others each is behind."""
+    """Streams, each with a clock, and which clocks of the others each is behind."""
 
     def __init__(self) -> None:
         self.current = MAIN
-        self.clock = {stream: {MAIN: 0, SIDE: 0, NCCL: 0} for stream in (MAIN, SIDE, NCCL)}
+        self.clock = {stream: dict.fromkeys(STREAMS, 0) for stream in STREAMS}
         # Storage -> (stream, its clock then, whether it wrote, what it was).
         self.uses: dict[int, list[tuple[str, int, bool, str]]] = defaultdict(list)
         self.kept: list[torch.UntypedStorage] = []  # so that no address is used twice
@@ -125,28 +126,32 @@ class NotedStream(SideStream):
 
 
 class NotedWork:
-    """An exchange on NCCL's stream: behind the current stream at the call."""
+    """An exchange on a stream of NCCL's: behind the current stream at the call."""
 
-    def __init__(self, streams, work):
-        self.streams, self.work = streams, work
+    def __init__(self, streams, work, stream):
+        self.streams, self.work, self.stream = streams, work, stream
 
     def wait(self):
         self.work.wait()
-        self.streams.wait(self.streams.current, NCCL)
+        self.streams.wait(self.streams.current, self.stream)
 
 
 def find_races(rank, size, llep, broken):
     streams = Streams()
+    behind_tokens: list[bool] = []  # of each exchange of weights or gradients
     exchange = dist.all_to_all_single
 
     def note_exchange(incoming, outgoing, *args, **kwargs):
         work = exchange(incoming, outgoing, *args, **kwargs)
-        if work is None:  # Megatron's own, of tokens
+        if work is None:  # Megatron's own, on the current stream
             return None
-        streams.wait(NCCL, streams.current)
-        streams.use(outgoing, False, "exchange", NCCL)
-        streams.use(incoming, True, "exchange", NCCL)
-        return NotedWork(streams, work)
+        stream = NCCL if kwargs["group"] is layer.lending_group else TOKENS
+        if stream == NCCL:
+            behind_tokens.append(streams.clock[SIDE][TOKENS] == streams.clock[TOKENS][TOKENS])
+        streams.wait(stream, streams.current)
+        streams.use(outgoing, False, "exchange", stream)
+        streams.use(incoming, True, "exchange", stream)
+        return NotedWork(streams, work, stream)
 
     def note_finish(transfer):
         buffers = transfer._buffers
@@ -185,7 +190,7 @@ def find_races(rank, size, llep, broken):
                     for parameter in layer.parameters():
                         parameter.sub_(parameter.grad)
     beside = sum(use[0] != MAIN for uses in streams.uses.values() for use in uses)
-    return streams.races, beside
+    return streams.races, beside, behind_tokens
 
 
 SETTINGS = [
@@ -197,9 +202,12 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_no_race(settings):
-    for races, beside in run_ranks(find_races, 4, replace(EAGER, **settings), None):
+    for races, beside, behind_tokens in run_ranks(
+        find_races, 4, replace(EAGER, **settings), None
+    ):
         assert races == []
         assert beside > 0
+        assert not behind_tokens[0], "the side stream waits for the exchange of tokens"
 
 
 def list_starts(rank, size):
@@ -240,4 +248,4 @@ def test_weights_are_fetched_again_on_the_main_stream():
 @pytest.mark.parametrize("broken", ["begin", "join"])
 def test_a_missing_wait_is_seen(broken):
     llep = replace(EAGER, scatter_from=2)
-    assert any(races for races, _ in run_ranks(find_races, 4, llep, broken))
+    assert any(races for races, *_ in run_ranks(find_races, 4, llep, broken))
