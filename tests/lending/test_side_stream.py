@@ -202,9 +202,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_no_race(settings):
-    for races, beside, behind_tokens in run_ranks(
-        find_races, 4, replace(EAGER, **settings), None
-    ):
+    for races, beside, behind_tokens in run_ranks(find_races, 4, replace(EAGER, **settings), None):
         assert races == []
         assert beside > 0
         assert not behind_tokens[0], "the side stream waits for the exchange of tokens"
