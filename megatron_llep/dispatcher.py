@@ -32,7 +32,6 @@ from megatron_llep.placement import (
     gather_rows,
     join_by_source,
     list_pairs,
-    order_chunks,
     place_tokens,
     split_by_slot,
     sum_rows,
@@ -41,13 +40,7 @@ from megatron_llep.placement.counting import CountTable
 from megatron_llep.placement.exchange import TokenExchange
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, take
 from megatron_llep.placement.travel import exchange_rows
-from megatron_llep.planner import (
-    Topology,
-    load_per_rank,
-    plan_over_replicas,
-    sends,
-    slot_of_expert,
-)
+from megatron_llep.planner import Topology, load_per_rank, plan_over_replicas
 from megatron_llep.planner.cost.layer import get_layer_cost
 
 Part = tuple[torch.Tensor, torch.Tensor]
@@ -181,29 +174,18 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         planned = take(Planned, routing_map)
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
-        to_ranks = sends(
+        exchange = TokenExchange.of(
             planned.plan,
             planned.counts,
             self.source,
-            self.llep.token_assignment,
-            self.topology,
-        )
-        num_slots = self.num_native + planned.plan.max_foreign
-        slots = slot_of_expert(planned.plan)
-        chunks = order_chunks(to_ranks, slots, num_slots, self.num_replicas)
-        placement = place_tokens(routing_map, chunks, planned.pairs)
-        rows = gather_rows(hidden_states.view(-1, hidden_states.shape[-1]), placement)
-        row_probs = probs.reshape(-1).index_select(0, placement.pair_index)
-        exchange = TokenExchange.of(  # while the GPU gathers
-            planned.plan,
-            planned.counts,
-            to_ranks,
-            rank=self.ep_rank,
-            tp_rank=self.tp_rank,
+            num_replicas=self.num_replicas,
             order=self.llep.token_assignment,
             topology=self.topology,
-            device=rows.device,
+            device=hidden_states.device,
         )
+        placement = place_tokens(routing_map, exchange.chunks, planned.pairs)
+        rows = gather_rows(hidden_states.view(-1, hidden_states.shape[-1]), placement)
+        row_probs = probs.reshape(-1).index_select(0, placement.pair_index)
         placed = Placed(
             **vars(planned),
             placement=placement,

@@ -6,7 +6,7 @@ this rank's pairs go to each holder; pairs of one expert are given out in token 
 no sort over tokens is needed.
 
     list_pairs     routing map -> pairs by expert       needs no plan: runs while counts travel
-    order_chunks   plan -> chunks by slot               on the host
+    TokenExchange  plan -> chunks by slot, and sizes    on the host
     place_tokens   pairs, chunks -> order of sending
     gather_rows    tokens -> rows in that order, and sum_rows back
     order_by_slot  plan -> order of the rows that arrive
@@ -16,7 +16,6 @@ On GPUs what handles pairs one by one and sums rows is Triton kernels; all else 
 """
 
 from megatron_llep.placement.arrivals import join_by_source, order_by_slot, split_by_slot
-from megatron_llep.placement.chunks import order_chunks
 from megatron_llep.placement.pairs import Pairs, Placement
 from megatron_llep.placement.rows import gather_rows, sum_rows
 from megatron_llep.placement.tokens import list_pairs, place_tokens
@@ -28,7 +27,6 @@ __all__ = [
     "join_by_source",
     "list_pairs",
     "order_by_slot",
-    "order_chunks",
     "place_tokens",
     "split_by_slot",
     "sum_rows",

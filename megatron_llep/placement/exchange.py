@@ -1,7 +1,8 @@
-"""The sizes of one rank's exchange of tokens, there and back.
+"""One rank's exchange of tokens, there and back: in which order rows go and come, and how many.
 
 Letters: P ranks that share tokens, M native and S foreign slots a rank, R = P * tp sources
-(expert-parallel major; tp is the expert-tensor-parallel size), E experts.
+(expert-parallel major; tp is the expert-tensor-parallel size), E experts, D replicas of each
+(1, unless tokens are spread over replicas), C chunks.
 """
 
 from dataclasses import dataclass
@@ -11,13 +12,15 @@ import numpy as np
 import torch
 
 from megatron_llep.placement.arrivals import order_by_slot
-from megatron_llep.planner import Plan, Topology, receives
+from megatron_llep.planner import Plan, Topology, list_exchange
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenExchange:
-    """How many rows go and come, on the host; and in which order they come."""
+    """What goes and comes, on the host."""
 
+    chunks: np.ndarray
+    """int64 [2, C], first pair and length of each chunk of this source, by slot."""
     sent: list[int]
     """[P] rows to each rank."""
     received: list[int]
@@ -34,35 +37,33 @@ class TokenExchange:
         cls,
         plan: Plan,
         counts: np.ndarray,
-        to_ranks: np.ndarray,
+        source: int,
         *,
-        rank: int,
-        tp_rank: int,
+        num_replicas: int,
         order: str,
         topology: Topology,
         device: torch.device,
     ) -> "TokenExchange":
-        """Of one rank, under a plan.
+        """Of one source, under a plan.
 
         Args:
-            plan: for P ranks and E experts.
-            counts: integers [R, E], tokens of each source for each expert.
-            to_ranks: int [E, P], what this source sends, from `planner.sends`.
-            rank: 0 .. P-1.
-            tp_rank: 0 .. tp-1.
-            order: as for `planner.receives`.
+            plan: for P ranks and D * E experts.
+            counts: integers [R, D * E], tokens of each source for each expert.
+            source: 0 .. R-1.
+            num_replicas: D.
+            order: as for `planner.list_exchange`.
             topology: likewise.
             device: of the tokens.
         """
-        per_slot = receives(plan, counts, rank, order, topology)
-        P, num_slots = plan.num_ranks, per_slot.shape[1]
-        per_slot = per_slot.reshape(P, -1, num_slots).transpose(1, 0, 2)  # [tp, P, M+S]
-        per_rank = per_slot.sum(axis=2)
+        chunks, sent, coming = list_exchange(plan, counts, source, order, topology, num_replicas)
+        tp, _, num_slots = coming.shape
+        per_rank = coming.sum(axis=2)
         return cls(
-            sent=to_ranks.sum(axis=0).tolist(),
-            received=per_rank[tp_rank].tolist(),
+            chunks=chunks,
+            sent=sent.tolist(),
+            received=per_rank[source % tp].tolist(),
             gathered=per_rank.sum(axis=1).tolist(),
-            rows_per_source=per_slot.reshape(-1, num_slots),
+            rows_per_source=coming.reshape(-1, num_slots),
             device=device,
         )
 

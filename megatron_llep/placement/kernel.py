@@ -58,7 +58,7 @@ def place_pairs(pairs: Pairs, chunks: np.ndarray, num_experts: int) -> Placement
 
     Args:
         pairs: from `list_pairs` here; N or more.
-        chunks: int64 [2, C] from `order_chunks`.
+        chunks: int64 [2, C] of a `TokenExchange`.
         num_experts: E.
     """
     assert pairs.by_token is not None

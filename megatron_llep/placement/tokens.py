@@ -35,7 +35,7 @@ def place_tokens(
 
     Args:
         routing_map: bool [T, E], the router's choice.
-        chunks: int64 [2, C] from `order_chunks`; lengths sum to the pairs in `routing_map`.
+        chunks: int64 [2, C] of a `TokenExchange`; lengths sum to the pairs in `routing_map`.
         pairs: from `list_pairs`, if they are listed already.
     """
     num_pairs = int(chunks[1].sum())

@@ -83,8 +83,50 @@ def receives(
     )
 
 
+def list_exchange(
+    plan: Plan,
+    counts_by_source: np.ndarray,
+    source: int,
+    order: str = "local_first",
+    topology: Topology = ONE_NODE,
+    num_replicas: int = 1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """List what one source sends, as `sends` has it, and its rank receives, as `receives` has it.
+
+    A *chunk* is the source's pairs of one (expert, holder). Of D replicas of an expert each counts
+    as an expert; they are replica-major.
+
+    Args:
+        plan: made from the counts summed over the tp sources of each rank.
+        counts_by_source: integers [R, E].
+        source: 0 .. R-1.
+        order: one of `ORDERS`.
+        topology: which ranks share a node, for `local_first`.
+        num_replicas: D.
+
+    Returns:
+        int64 [2, C], first pair and length of each chunk that is not empty, by the slot it goes to;
+        pairs are ordered by expert, then replica. int64 [P], pairs to each rank. int64
+        [tp, P, M + S], pairs from each source for each slot of its rank.
+
+    Raises:
+        ValueError: unknown order, R is not a multiple of P, or P not one of `ranks_per_node`.
+    """
+    _check(plan, counts_by_source, order)
+    return compile_planners().list_exchange(
+        np.ascontiguousarray(counts_by_source, np.int64),
+        plan.quota,
+        plan.foreign_experts,
+        plan.transfers,
+        source,
+        num_replicas,
+        topology.node_size(plan.num_ranks),
+        order == "local_first",
+    )
+
+
 def _check(plan: Plan, counts_by_source: np.ndarray, order: str) -> None:
-    """Check the arguments that `sends` and `receives` share."""
+    """Check the arguments that all of these share."""
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is unknown: choose one of {', '.join(ORDERS)}")
     R = len(counts_by_source)

@@ -32,6 +32,7 @@ class Compiled:
     keep_own_replicas: Callable[..., Any]
     count_sends: Callable[..., Any]
     count_receives: Callable[..., Any]
+    list_exchange: Callable[..., Any]
     is_cached: bool
     """Whether the next process finds them."""
 
@@ -46,7 +47,7 @@ def compile_planners() -> Compiled:
     import numba
     from numba.core.types import Array, boolean, float64, int64
 
-    from megatron_llep.planner.loops import assignment, plan, replicas
+    from megatron_llep.planner.loops import assignment, exchange, plan, replicas
 
     row, table = (Array(int64, ndim, "C", readonly=True) for ndim in (1, 2))
     options = (int64, int64, int64, boolean, float64, int64, float64, float64, boolean)
@@ -58,6 +59,7 @@ def compile_planners() -> Compiled:
         replicas.keep_own_replicas: (table, table, table, int64),
         assignment.count_sends: (table, table, table, int64, int64, boolean),
         assignment.count_receives: (table, table, table, int64, int64, boolean),
+        exchange.list_exchange: (table, table, table, table, int64, int64, int64, boolean),
     }
     functions = {function.__name__: function for function in signatures}
     if numba.config.DISABLE_JIT:

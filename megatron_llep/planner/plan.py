@@ -153,17 +153,6 @@ def imbalance_of(rank_loads: list[int]) -> float:
     return max(rank_loads) * len(rank_loads) / total if total else 1.0
 
 
-def slot_of_expert(plan: Plan) -> np.ndarray:
-    """[P, E] slot (0 .. M+S-1) of each expert on each rank, -1 where the rank lacks it."""
-    P, E, M = plan.num_ranks, plan.num_experts, plan.experts_per_rank
-    slot = np.full((P, E), -1, dtype=np.int64)
-    expert = np.arange(E)
-    slot[expert // M, expert] = expert % M
-    rank, foreign_slot = np.nonzero(plan.foreign_experts >= 0)
-    slot[rank, plan.foreign_experts[rank, foreign_slot]] = M + foreign_slot
-    return slot
-
-
 def _first(mask: np.ndarray) -> tuple[int, ...]:
     """Index of the first true element."""
     return tuple(int(i) for i in np.argwhere(mask)[0])

@@ -12,11 +12,11 @@ from test_layer_float64 import TOLERANCE, build_layer, run_layer
 
 from megatron_llep import dispatcher
 from megatron_llep.integration.convert import convert_model
-from megatron_llep.placement import kernel, order_chunks, place_tokens
+from megatron_llep.placement import kernel, place_tokens
 from megatron_llep.placement.check import find_sum_error, has_indices
 from megatron_llep.placement.forward import Planned
 from megatron_llep.placement.rows import gather_rows, sum_rows
-from megatron_llep.planner import plan_over_replicas, sends, slot_of_expert
+from megatron_llep.planner import list_exchange, plan_over_replicas
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
@@ -46,9 +46,7 @@ def placements(draw):
         imbalance_threshold=1.0,
     )
     source = draw(st.integers(0, D * P - 1))
-    to_ranks = sends(plan, counts, source)
-    slots = M + plan.max_foreign
-    chunks = order_chunks(to_ranks, slot_of_expert(plan), slots, D)
+    chunks, _, _ = list_exchange(plan, counts, source, num_replicas=D)
     return torch.from_numpy(maps[source]), chunks, draw(st.integers(0, 40))
 
 

@@ -10,12 +10,12 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron_llep.dispatcher import LLEPTokenDispatcher
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.placement.forward import Placed, Planned, take
-from megatron_llep.planner import slot_of_expert
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
 from support.ranks import run_ranks
 from support.routing import Routing, force_routing
+from support.slots import slot_of_expert
 from support.training import Run, build_model, make_config
 
 LAYOUTS = [Layout(ep=2), Layout(ep=4), Layout(tp=2, ep=2, etp=2), Layout(tp=2, ep=2, etp=1)]

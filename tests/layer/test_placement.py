@@ -1,13 +1,16 @@
 """Placement: every (token, expert) pair lands once, in a slot that holds its expert."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_llep.placement import order_chunks, place_tokens
-from megatron_llep.planner import ORDERS, make_plan, sends, slot_of_expert
+from megatron_llep.placement import place_tokens
+from megatron_llep.planner import ORDERS, list_exchange, make_plan, plan_from_quota, sends
+from support.slots import slot_of_expert
 
 
 @st.composite
@@ -46,7 +49,7 @@ def test_every_pair_lands_once_in_a_slot_of_its_expert(case):
     received = np.zeros_like(plan.quota)
     for source, routing_map in enumerate(maps):
         to_ranks = sends(plan, counts, source, order)
-        chunks = order_chunks(to_ranks, slot_of_expert(plan), slots)
+        chunks, _, _ = list_exchange(plan, counts, source, order)
         placement = place_tokens(routing_map, chunks)
         token, pair = placement.token_index, placement.pair_index
 
@@ -94,14 +97,14 @@ def test_a_plain_plan_orders_pairs_as_megatron_does():
     routing_map = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
     counts = np.stack([routing_map.sum(0).numpy()] * 2)
     plan = make_plan(counts, planner="exact", imbalance_threshold=9.0)
-    chunks = order_chunks(sends(plan, counts, 0), slot_of_expert(plan), plan.experts_per_rank)
+    chunks, _, _ = list_exchange(plan, counts, 0)
     placement = place_tokens(routing_map, chunks)
     assert placement.token_index.tolist() == [0, 2, 1, 0, 1, 2]
     assert placement.pair_index.tolist() == [0, 8, 5, 2, 6, 11]
 
 
 def test_a_plan_that_sends_to_a_rank_without_the_expert_is_caught():
-    to_ranks = np.array([[3, 1], [0, 2]])
-    slot_of = np.array([[0, -1], [-1, 0]])
+    plan = plan_from_quota(np.array([[3, 1], [0, 2]]))
+    plan = replace(plan, foreign_experts=np.full_like(plan.foreign_experts, -1))
     with pytest.raises(AssertionError, match="does not hold"):
-        order_chunks(to_ranks, slot_of, 1)
+        list_exchange(plan, np.array([[3, 1], [1, 1]]), 1)

@@ -1,13 +1,13 @@
 """Placement over replicas: every (token, expert) pair lands once, in a slot that holds it."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_llep.placement import order_chunks, place_tokens
-from megatron_llep.planner import plan_over_replicas, sends, slot_of_expert
+from megatron_llep.placement import place_tokens
+from megatron_llep.planner import list_exchange, plan_over_replicas, sends
+from support.slots import slot_of_expert
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -35,7 +35,8 @@ def test_every_pair_lands_once_in_a_slot_of_its_expert(D, P, M, planner, seed):
     slot_of = slot_of_expert(plan)
     for source, routing_map in enumerate(maps):
         to_ranks = sends(plan, spread, source)
-        placement = place_tokens(routing_map, order_chunks(to_ranks, slot_of, slots, D))
+        chunks, _, _ = list_exchange(plan, spread, source, num_replicas=D)
+        placement = place_tokens(routing_map, chunks)
         pair = placement.pair_index
         assert sorted(pair.tolist()) == routing_map.reshape(-1).nonzero().flatten().tolist()
         assert torch.equal(pair // E, placement.token_index)
@@ -46,10 +47,3 @@ def test_every_pair_lands_once_in_a_slot_of_its_expert(D, P, M, planner, seed):
         assert (pair % E).tolist() == np.repeat(replica[order] % E, lengths).tolist()
         for piece in np.split(placement.token_index.numpy(), np.cumsum(lengths)):
             assert (np.diff(piece) > 0).all()
-
-
-def test_a_replica_without_a_slot_is_caught():
-    to_ranks = np.array([[3, 1], [0, 2]])
-    slot_of = np.array([[0, -1], [-1, 0]])
-    with pytest.raises(AssertionError, match="does not hold"):
-        order_chunks(to_ranks, slot_of, 1, num_replicas=2)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_routings import KINDS, REPRODUCIBLE, make_counts
 
-from megatron_llep.planner import ORDERS, make_plan, plan_from_quota, receives, sends
+from megatron_llep.planner import ORDERS, list_exchange, make_plan, plan_from_quota, receives, sends
 from megatron_llep.planner.plan import native_quota
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
@@ -39,7 +39,7 @@ def all_sends(plan, counts, order, topology=ONE_NODE):
 @settings(REPRODUCIBLE, max_examples=200)
 @given(case=assignments())
 def test_senders_and_receivers_agree(order, case):
-    plan, counts, _, topology = case
+    plan, counts, tp, topology = case
     sent = all_sends(plan, counts, order, topology)
     assert sent.dtype == np.int64
     assert (sent >= 0).all()
@@ -53,6 +53,10 @@ def test_senders_and_receivers_agree(order, case):
         for slot, expert in enumerate(slots):
             expected = sent[:, expert, rank] if expert >= 0 else 0
             np.testing.assert_array_equal(got[:, slot], np.broadcast_to(expected, len(counts)))
+        for source in range(rank * tp, (rank + 1) * tp):
+            _, to_ranks, coming = list_exchange(plan, counts, source, order, topology)
+            np.testing.assert_array_equal(to_ranks, sent[source].sum(axis=0))
+            np.testing.assert_array_equal(coming.swapaxes(0, 1).reshape(got.shape), got)
 
 
 def crossing(sent, tp, group_size):
@@ -132,7 +136,7 @@ def test_every_integer_type_is_counted_in_int64(order, dtype):
     counts = make_counts("lognormal", 4, 4, 0)
     plan = make_plan(counts)
     other = counts.astype(dtype)
-    for count in (sends, receives):
+    for count in (sends, receives, lambda *args: list_exchange(*args)[0]):
         result = count(plan, other, 1, order)
         assert result.dtype == np.int64
         np.testing.assert_array_equal(result, count(plan, counts, 1, order))

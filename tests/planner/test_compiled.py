@@ -17,7 +17,7 @@ PACKAGE = Path(megatron_llep.__file__).parent
 CODE = """
 import json, numpy as np
 from megatron_llep.planner import compile_planners, make_plan, receives, sends, Topology
-from megatron_llep.planner import plan_over_replicas
+from megatron_llep.planner import list_exchange, plan_over_replicas
 found = []
 for seed in range(3):
     counts = np.random.default_rng(seed).geometric(0.01, (4, 8)) ** (seed + 1)
@@ -29,6 +29,7 @@ for seed in range(3):
         )
         found += [plan.quota.tolist(), plan.transfers.tolist(), plan.digest()]
         found += [sends(plan, counts, 1).tolist(), receives(plan, counts, 2).tolist()]
+        found += [each.tolist() for each in list_exchange(plan, counts, 3)]
     plan, spread = plan_over_replicas(counts, num_replicas=2, num_ranks=4, planner="exact")
     found += [plan.quota.tolist(), spread.tolist()]
 print(json.dumps([compile_planners().is_cached, found]))

@@ -14,7 +14,7 @@ from planner_routings import (
     routings,
 )
 
-from megatron_llep.planner import make_plan, slot_of_expert
+from megatron_llep.planner import make_plan
 
 lla_options = st.fixed_dictionaries(
     {
@@ -179,22 +179,6 @@ def test_only_the_loads_matter_to_the_quotas():
     counts = make_counts("lognormal", P=8, M=4, seed=3)
     shuffled = np.random.default_rng(0).permuted(counts, axis=0)
     np.testing.assert_array_equal(make_plan(counts).quota, make_plan(shuffled).quota)
-
-
-@REPRODUCIBLE
-@given(routing=routings(max_ranks=16), options=lla_options)
-def test_every_rank_finds_its_experts_in_their_slots(routing, options):
-    counts, max_foreign = routing
-    plan = make_plan(
-        counts, planner="lla", max_foreign=max_foreign, imbalance_threshold=0.0, **options
-    )
-    slot = slot_of_expert(plan)
-    M = plan.experts_per_rank
-    for rank in range(plan.num_ranks):
-        held = list(range(rank * M, (rank + 1) * M)) + plan.foreign_experts[rank].tolist()
-        for expert in range(plan.num_experts):
-            where = slot[rank, expert]
-            assert (held[where] == expert) if expert in held else (where == -1)
 
 
 def test_lla_without_slots_lends_nothing():

@@ -39,7 +39,7 @@ def count_sends(
         is_lent[transfers[i, 0]] = True
     for expert in range(E):
         if is_lent[expert] and counts[source, expert]:
-            _give_out(
+            give_out(
                 counts,
                 quota,
                 expert,
@@ -81,7 +81,7 @@ def count_receives(
     for slot in range(M + S):
         expert = rank * M + slot if slot < M else foreign_experts[rank, slot - M]
         if expert >= 0 and quota[expert, rank]:
-            _give_out(
+            give_out(
                 counts, quota, expert, node_size, local_first, first, rank, to_ranks, from_sources
             )
             for source in range(R):
@@ -90,7 +90,7 @@ def count_receives(
 
 
 @njit
-def _give_out(
+def give_out(
     counts: np.ndarray,
     quota: np.ndarray,
     expert: int,
