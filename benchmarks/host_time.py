@@ -2,9 +2,9 @@
 
     python -m benchmarks.host_time    # or python benchmarks/host_time.py; some minutes
 
-Prints tables and writes results/host_time.json. When the counts are there the host plans, starts
-to lend, orders tokens, and works out what it sends and receives; then the exchange can start. Plain
-Megatron has such a span too, and runs beside it, with the same experts.
+Prints tables and writes results/host_time.json. When the counts are there the host plans, works out
+what it sends and receives, and orders tokens; then the exchange can start, and lending behind it.
+Plain Megatron has such a span too, and runs beside it, with the same experts.
 
 Letters: P ranks, E experts, M = E / P of them native to a rank, T tokens of a rank.
 """
@@ -44,7 +44,8 @@ BALANCED, SEVEN, RANDOM = "nothing lent", "7 lent", "lognormal-1"
 WORKLOADS = (BALANCED, SEVEN, RANDOM)
 KINDS = {"SequentialMLP": "megatron", "grouped_mm": "grouped_mm"}
 """Of experts: the flag's value under which LLEP computes them."""
-PARTS = ("plan", "lend", "order", "receive")
+PARTS = ("plan", "loan", "list", "order")
+BEHIND = "lend"
 ROUNDS, WARM_UP = 100, 10
 CLOCK = time.thread_time
 METHOD = f"""\
@@ -57,10 +58,11 @@ every second round, and every number is the median of the rounds, by itself, in 
 processor: what other processes do on a busy machine is left out, but for the caches.
   all      from the counts' arrival to the call of the token all-to-all
   plan     plan_over_replicas, make_plan within
-  lend     the loan: its buffers, packing, and the start of its exchange
-  order    sends, slots, chunks, places of tokens; rows are gathered
-  receive  receives, and the split sizes
+  loan     the loan is made: what this rank lends, and that it does
+  list     what is sent and comes, and in which order
+  order    places of tokens; rows are gathered
   rest     of all: checks, records, autograd nodes
+  lend     not of all, as tokens are on their way: buffers, packing, the weights' all-to-all
   layer    forward and backward, router included"""
 
 
@@ -129,8 +131,8 @@ def _time(lending: Any, plain: Any, rounds: int) -> dict[str, Any]:
             layer = CLOCK() - start
             found = {f"{name}_all_us": span.taken[0] * 1e6, f"{name}_layer_ms": layer * 1e3}
             if name == "llep":
-                parts["order"] -= parts["receive"]
-                found |= {f"{part}_us": parts[part] * 1e6 for part in PARTS}
+                parts["order"] -= parts["list"]
+                found |= {f"{part}_us": parts[part] * 1e6 for part in (*PARTS, BEHIND)}
                 found["rest_us"] = (span.taken[0] - sum(parts[part] for part in PARTS)) * 1e6
             for key, value in found.items() if counts else ():
                 taken.setdefault(key, []).append(value)
@@ -140,7 +142,7 @@ def _time(lending: Any, plain: Any, rounds: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _watch(layer_dispatcher: Any) -> Iterator[Counter[str]]:
-    """Seconds of each part, from outside; `order` with `receive` in it."""
+    """Seconds of each part, from outside; `order` with `list` in it."""
     from megatron_llep import dispatcher
     from megatron_llep.lending.loan import WeightLoan
     from megatron_llep.placement.exchange import TokenExchange
@@ -159,10 +161,10 @@ def _watch(layer_dispatcher: Any) -> Iterator[Counter[str]]:
     with contextlib.ExitStack() as stack:
         for part, owner, name in (
             ("plan", dispatcher, "plan_over_replicas"),
-            ("lend", WeightLoan, "__init__"),
-            ("lend", WeightLoan, "start_fetch"),
+            ("loan", WeightLoan, "__init__"),
+            (BEHIND, WeightLoan, "start_fetch"),
             ("order", layer_dispatcher, "dispatch_preprocess"),
-            ("receive", TokenExchange, "of"),
+            ("list", TokenExchange, "of"),
         ):
             replaced = timed(part, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, replaced))
@@ -172,12 +174,13 @@ def _watch(layer_dispatcher: Any) -> Iterator[Counter[str]]:
 def format_tables(rows: list[dict[str, Any]]) -> str:
     """The spans, then the whole layer."""
     head = ["P", "E", "experts", "workload", "lent"]
-    spans = [[*head, *PARTS, "rest", "all us", "plain's", "difference"]]
+    spans = [[*head, *PARTS, "rest", "all us", "plain's", "difference", BEHIND]]
     layers = [[*head, "layer ms", "plain's", "ratio"]]
     for row in rows:
         case = [row[key] for key in ("ranks", "num_experts", "experts", "workload", "lent")]
         both = [row["llep_all_us"], row["plain_all_us"]]
         us = [*(row[f"{part}_us"] for part in (*PARTS, "rest")), *both, both[0] - both[1]]
+        us.append(row[f"{BEHIND}_us"])
         spans.append([*case, *(f"{each:.0f}" for each in us)])
         ms = [row["llep_layer_ms"], row["plain_layer_ms"]]
         layers.append([*case, *(f"{each:.2f}" for each in (*ms, ms[0] / ms[1]))])
