@@ -138,7 +138,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
                 cost=self.cost,
             )
         plan_seconds = time.perf_counter() - start
-        self.progress.note_plan(plan.digest())
+        self.progress.note_plan(plan.digest)
         if self.compares_at_once:
             self.progress.compare_plans(self.tp_ep_group)
         planned = Planned(

@@ -316,18 +316,19 @@ class LLEPMoELayer(MoELayer):
             planned.natives,
             group=self.lending_group,
             scatter_from=self.llep.scatter_from,
-            grad_dtype=self._grad_dtype(),
+            grad_dtype=self._grad_dtype(planned.natives[0][0].dtype),
             returns=planned.trains,
             refetch=self._refetches(),
             shared=self.shared_lending,
             note_bytes=self._note_bytes,
         )
 
-    def _grad_dtype(self) -> torch.dtype:
+    def _grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which gradients of weights of a dtype return."""
         if self.llep.grad_dtype == "fp32":
             # Not for fp64 parameters, whose gradients must not lose digits on the way.
-            return torch.promote_types(torch.float32, self.lendable.dtype)
-        return self.lendable.dtype
+            return torch.promote_types(torch.float32, dtype)
+        return dtype
 
     def _refetches(self) -> bool:
         """Whether foreign weights are freed between forward and backward."""

@@ -92,7 +92,7 @@ class WeightLoan:
             note_bytes: called at each exchange with the bytes this rank sends and receives.
         """
         self._plan, self._scatter_from = plan, scatter_from
-        self.lent = find_lent(plan, dist.get_rank(group))
+        self.lent = find_lent(plan, group.rank())
         """Native experts (0..M-1) that this rank lends, ascending."""
         self.has_shards = has_shards(plan, scatter_from)
         """Whether there is a second exchange, of shards; the same on every rank."""
@@ -253,7 +253,7 @@ class WeightLoan:
 
     def _cut_transfers(self, width: int) -> RankTransfers:
         return RankTransfers.of(
-            self._plan, dist.get_rank(self._group), width=width, scatter_from=self._scatter_from
+            self._plan, self._group.rank(), width=width, scatter_from=self._scatter_from
         )
 
     def _advance(self) -> None:

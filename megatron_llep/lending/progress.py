@@ -1,7 +1,8 @@
 """Where this rank is, for errors, and what it planned last, which the ranks compare."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ class Progress:
         self._place = "no MoE layer yet"
         self._forwards: dict[str, int] = {}
         self._planned_in = self._place
-        self.last_plan = 0
-        """Digest of the last plan; 0 before the first."""
+        self._last_plan: Callable[[], int] = int
 
     def enter(self, place: str) -> None:
         """Note what begins now."""
@@ -38,9 +38,18 @@ class Progress:
         self.enter(f"forward of {place}")
         return place
 
-    def note_plan(self, digest: int) -> None:
-        """Note what was planned here: it goes out with the next counts."""
-        self.last_plan, self._planned_in = digest, self._place
+    def note_plan(self, digest: Callable[[], int]) -> None:
+        """Note what was planned here: it goes out with the next counts.
+
+        Args:
+            digest: makes it, when it is asked for: tokens wait for a plan, and not for this.
+        """
+        self._last_plan, self._planned_in = cache(digest), self._place
+
+    @property
+    def last_plan(self) -> int:
+        """Digest of the last plan; 0 before the first."""
+        return self._last_plan()
 
     def compare_plans(self, group: dist.ProcessGroup) -> None:
         """Check at once that all ranks of the group made the same plan; on the host, over gloo.

@@ -18,8 +18,10 @@ def list_rows(chunks: np.ndarray, device: torch.device) -> torch.Tensor:
         int64 [N].
     """
     first, length = chunks
-    num_rows = int(length.sum())
-    shift, length = to_device(np.stack((first + length - length.cumsum(), length)), device)
+    num_rows, shift = int(length.sum()), first + length - length.cumsum()
+    if device.type == "cpu":
+        return torch.from_numpy(np.arange(num_rows) + shift.repeat(length))
+    shift, length = to_device(np.stack((shift, length)), device)
     row = torch.arange(num_rows, device=device)
     return row.add_(shift.repeat_interleave(length, output_size=num_rows))
 
