@@ -106,8 +106,8 @@ class RankTransfers:
 
 def find_lent(plan: Plan, rank: int) -> list[int]:
     """Native experts (0..M-1) that a rank lends, ascending."""
-    expert, home, _ = plan.transfers.T
-    return sorted(set((expert[home == rank] - rank * plan.experts_per_rank).tolist()))
+    first = rank * plan.experts_per_rank
+    return sorted({expert - first for expert, home, _ in plan.transfers.tolist() if home == rank})
 
 
 def has_shards(plan: Plan, scatter_from: int) -> bool:
