@@ -41,11 +41,6 @@ class LendableExperts(ABC):
         self.module = module
         self.num_native: int = module.num_local_experts
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.module.parameters()).dtype
-
     @cached_property
     def expert_bytes(self) -> int:
         """Size of what travels of one expert from or to this rank."""

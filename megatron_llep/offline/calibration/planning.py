@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_llep.offline.timing import median_seconds
-from megatron_llep.planner import make_plan, receives, sends
+from megatron_llep.planner import list_exchange, make_plan
 
 
 def time_planning(*, num_ranks: int = 8, num_experts: int = 128, repeats: int = 30) -> float:
@@ -14,7 +14,6 @@ def time_planning(*, num_ranks: int = 8, num_experts: int = 128, repeats: int = 
 
     def plan() -> None:
         made = make_plan(counts, planner="exact", imbalance_threshold=0.0)
-        sends(made, counts, 0)
-        receives(made, counts, 0)
+        list_exchange(made, counts, 0)
 
     return median_seconds(plan, repeats)
