@@ -31,7 +31,7 @@ for seed in range(3):
         found += [sends(plan, counts, 1).tolist(), receives(plan, counts, 2).tolist()]
     plan, spread = plan_over_replicas(counts, num_replicas=2, num_ranks=4, planner="exact")
     found += [plan.quota.tolist(), spread.tolist()]
-print(json.dumps([compile_planners().is_cached, found]))
+print(json.dumps([compile_planners(), found]))
 """
 
 
