@@ -65,6 +65,7 @@ def compile_planners(planners: Iterable[str] = tuple(MOVES), *, replicas: bool =
     return all(is_cached)
 
 
+@cache
 def compiled(name: str) -> Callable[..., Any]:
     """A function of `FUNCTIONS`; with `NUMBA_DISABLE_JIT=1` it runs as plain Python."""
     return _compile(name)[0]

@@ -138,11 +138,11 @@ def plan_counts(
             find = compiled("lla.lla_moves")
             num_moves = find(loads, load, *limits, capacity_factor, min_tokens_per_gemm, moves)
     give_tables = compiled("plan.give_tables")
-    *tables, after = give_tables(loads, load, moves, num_moves)
+    quota, foreign_experts, transfers, after = give_tables(loads, load, moves, num_moves)
     if falls_back and num_moves and after >= before:
-        *tables, _ = give_tables(loads, load, moves, 0)
+        quota, foreign_experts, transfers, _ = give_tables(loads, load, moves, 0)
         after = before
-    return freeze_plan(*tables, total, before, after)
+    return freeze_plan(quota, foreign_experts, transfers, total, before, after)
 
 
 def default_threshold(planner: str, tolerance: float) -> float:
