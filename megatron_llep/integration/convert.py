@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.integration.compile_once import NOT_CACHED, compile_once_per_host
 from megatron_llep.integration.model_groups import find_groups
 from megatron_llep.integration.replace_layers import replace_moe_layers
 from megatron_llep.integration.settings.notices import NOBODY_TO_LEND_TO, Notices
@@ -27,7 +28,6 @@ from megatron_llep.lending.groups import gather_objects
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import install_tracker
-from megatron_llep.planner.compiled import NOT_CACHED, compile_planners
 from megatron_llep.validation import check_layer, check_same_on_all_ranks, refuse_on_all_ranks
 
 
@@ -63,11 +63,11 @@ def with_llep(
             else:
                 replaced = spec
                 notices.add([NOBODY_TO_LEND_TO])
-        if groups and not _compile_planners():
-            notices.add([NOT_CACHED])
     except ValueError as error:
         refusal = str(error)
     refuse_on_all_ranks(refusal)
+    if not compile_once_per_host(config, needed=bool(groups)):
+        notices.add([NOT_CACHED])
     install_tracker()
     shared.prepare_groups(groups, join_replicas=config.replicas == "expert-dp")
     notices.tell()
@@ -120,28 +120,21 @@ def convert_model(
                         is_alone = True
                 except ValueError as error:
                     refusal = refusal or f"{error} ({name or 'the layer'} of chunk {number})"
-    is_cached = True
-    try:
-        is_cached = not found or _compile_planners()
-    except ValueError as error:
-        refusal = refusal or str(error)
     refuse_on_all_ranks(refusal)
+    if not compile_once_per_host(config, needed=bool(found)):
+        notices.add([NOT_CACHED])
     install_tracker()
     shared = SharedLending(progress)
     shared.prepare_groups(
         [groups for _, groups in found], join_replicas=config.replicas == "expert-dp"
     )
     # Rank 0 may have a stage without MoE layers, and tells what concerns the others.
-    ranks_lend, ranks_are_alone, ranks_are_cached = zip(
-        *gather_objects((bool(found), is_alone, is_cached)), strict=True
-    )
+    ranks_lend, ranks_are_alone = zip(*gather_objects((bool(found), is_alone)), strict=True)
     if any(ranks_lend):
         for config_of_model in _list_configurations(chunks):
             notices.add(replace_settings(config_of_model))
     if any(ranks_are_alone):
         notices.add([NOBODY_TO_LEND_TO])
-    if not all(ranks_are_cached):
-        notices.add([NOT_CACHED])
     notices.tell()
     for layer, groups in found:
         LLEPMoELayer.convert(layer, llep=config, shared=shared, pg_collection=groups)
@@ -176,18 +169,6 @@ def _all_agree(config: LLEPConfig, name: str) -> bool:
         return False
     check_same_on_all_ranks(config)
     return config.enabled
-
-
-def _compile_planners() -> bool:
-    """Compile what plans, so that no training step waits for it; whether the code is kept.
-
-    Raises:
-        ValueError: there is no numba.
-    """
-    try:
-        return compile_planners().is_cached
-    except ImportError as error:
-        raise ValueError(f"--moe-llep: the planners need numba ({error}); install it") from error
 
 
 def _check_convertible(layer: MoELayer, config: LLEPConfig) -> None:

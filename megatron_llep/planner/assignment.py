@@ -13,7 +13,7 @@ source's tokens for one expert go out in rank order.
 
 import numpy as np
 
-from megatron_llep.planner.compiled import compile_planners
+from megatron_llep.planner.compiled import compiled
 from megatron_llep.planner.plan import Plan
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
@@ -40,7 +40,7 @@ def sends(
         ValueError: unknown order, R is not a multiple of P, or P not one of `ranks_per_node`.
     """
     _check(plan, counts_by_source, order)
-    return compile_planners().count_sends(
+    return compiled("assignment.count_sends")(
         np.ascontiguousarray(counts_by_source, np.int64),
         plan.quota,
         plan.transfers,
@@ -73,7 +73,7 @@ def receives(
         ValueError: unknown order, R is not a multiple of P, or P not one of `ranks_per_node`.
     """
     _check(plan, counts_by_source, order)
-    return compile_planners().count_receives(
+    return compiled("assignment.count_receives")(
         np.ascontiguousarray(counts_by_source, np.int64),
         plan.quota,
         plan.foreign_experts,
@@ -113,7 +113,7 @@ def list_exchange(
         ValueError: unknown order, R is not a multiple of P, or P not one of `ranks_per_node`.
     """
     _check(plan, counts_by_source, order)
-    return compile_planners().list_exchange(
+    return compiled("exchange.list_exchange")(
         np.ascontiguousarray(counts_by_source, np.int64),
         plan.quota,
         plan.foreign_experts,

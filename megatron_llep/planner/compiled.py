@@ -1,4 +1,4 @@
-"""The loops of `planner.loops`, compiled once for a machine.
+"""The loops of `planner.loops`, compiled once for a machine, and each when it is asked for.
 
 The machine code lies beside the loops or, where nothing can be written there, in the user's cache
 folder; `NUMBA_CACHE_DIR` names another place. It lies in a folder of its own for each text of the
@@ -7,83 +7,109 @@ once write the same files, each in one piece.
 """
 
 import hashlib
+import importlib
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-NOT_CACHED = (
-    "the planners were compiled for this run alone, as no folder for their machine code can be "
-    "written: let NUMBA_CACHE_DIR name one"
-)
+# Of the functions' arguments, which all are int64 unless they are floats or bools.
+READ, ROW, TABLE, INT, FLOAT, BOOL = range(6)
+"""A C-contiguous table that is read; a row, and a table, that may be written to; and numbers."""
+
+FUNCTIONS = {
+    "plan.sum_up": (READ,),
+    "plan.give_tables": (ROW, ROW, TABLE, INT),
+    "plan.read_quotas": (READ,),
+    "exact.exact_moves": (ROW, ROW, INT, INT, BOOL, TABLE),
+    "lla.lla_moves": (ROW, ROW, INT, INT, BOOL, FLOAT, INT, TABLE),
+    "tolerant.tolerant_moves": (ROW, ROW, INT, INT, BOOL, FLOAT, TABLE),
+    "assignment.count_sends": (READ, READ, READ, INT, INT, BOOL),
+    "assignment.count_receives": (READ, READ, READ, INT, INT, BOOL),
+    "exchange.list_exchange": (READ, READ, READ, READ, INT, INT, INT, BOOL),
+    "replicas.spread_tokens": (READ, ROW, INT, BOOL),
+    "replicas.stay_in_row": (READ, INT),
+    "replicas.keep_own_replicas": (READ, READ, READ, INT),
+}
+"""Those that may be asked for, and what they take; first what others call, to be kept as well."""
+
+MOVES = {
+    "tolerant": ("tolerant.tolerant_moves",),
+    "exact": ("exact.exact_moves",),
+    "lla": ("lla.lla_moves",),
+    "lp": (),
+    "auto": ("exact.exact_moves", "tolerant.tolerant_moves"),
+}
+"""What each planner runs beside what all of them do."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """Compiled functions, as in the modules of `planner.loops`. Arrays are int64, C-contiguous."""
+def compile_planners(planners: Iterable[str] = tuple(MOVES), *, replicas: bool = True) -> bool:
+    """Compile all that these planners run in a step, or load it: seconds, or part of one.
 
-    plan_counts: Callable[..., Any]
-    read_quotas: Callable[..., Any]
-    spread_tokens: Callable[..., Any]
-    stay_in_row: Callable[..., Any]
-    keep_own_replicas: Callable[..., Any]
-    count_sends: Callable[..., Any]
-    count_receives: Callable[..., Any]
-    list_exchange: Callable[..., Any]
-    is_cached: bool
-    """Whether the next process finds them."""
+    `convert_model` and `with_llep` call it, so that no training step waits for it. What else is
+    used is compiled when it is.
+
+    Args:
+        planners: of `PLANNERS`.
+        replicas: whether tokens are spread over replicas.
+
+    Returns:
+        Whether the next process finds the machine code.
+    """
+    wanted = {"plan.sum_up", "plan.give_tables", "exchange.list_exchange"}
+    wanted = wanted.union(*(MOVES[planner] for planner in planners))
+    if replicas:
+        wanted |= {"plan.read_quotas", *(name for name in FUNCTIONS if "replicas." in name)}
+    is_cached = [_compile(name)[1] for name in FUNCTIONS if name in wanted]
+    return all(is_cached)
 
 
 @cache
-def compile_planners() -> Compiled:
-    """Compile what the planners run, or load it: some seconds, or a fraction of one.
+def compiled(name: str) -> Callable[..., Any]:
+    """A function of `FUNCTIONS`; with `NUMBA_DISABLE_JIT=1` it runs as plain Python."""
+    return _compile(name)[0]
 
-    Called by `convert_model` and `with_llep`, so that no training step waits for it; else the
-    first plan does. With `NUMBA_DISABLE_JIT=1` the loops run as plain Python.
-    """
+
+@cache
+def _compile(name: str) -> tuple[Callable[..., Any], bool]:
+    """The function, and whether its machine code is kept."""
     import numba
     from numba.core.types import Array, boolean, float64, int64
 
-    from megatron_llep.planner.loops import assignment, exchange, plan, replicas
-
-    row, table = (Array(int64, ndim, "C", readonly=True) for ndim in (1, 2))
-    options = (int64, int64, int64, boolean, float64, int64, float64, float64, boolean)
-    signatures = {
-        plan.plan_counts: (table, *options),
-        plan.read_quotas: (table,),
-        replicas.spread_tokens: (table, row, int64, boolean),
-        replicas.stay_in_row: (table, int64),
-        replicas.keep_own_replicas: (table, table, table, int64),
-        assignment.count_sends: (table, table, table, int64, int64, boolean),
-        assignment.count_receives: (table, table, table, int64, int64, boolean),
-        exchange.list_exchange: (table, table, table, table, int64, int64, int64, boolean),
-    }
-    functions = {function.__name__: function for function in signatures}
+    room, _, own_name = name.partition(".")
+    function = getattr(importlib.import_module(f"megatron_llep.planner.loops.{room}"), own_name)
     if numba.config.DISABLE_JIT:
-        return Compiled(**functions, is_cached=True)
+        return function, True
+    types = {
+        READ: Array(int64, 2, "C", readonly=True),
+        ROW: Array(int64, 1, "C"),
+        TABLE: Array(int64, 2, "C"),
+        INT: int64,
+        FLOAT: float64,
+        BOOL: boolean,
+    }
+    signature = tuple(types[kind] for kind in FUNCTIONS[name])
     folder = _find_folder()
     if folder is not None:
         chosen = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(folder)  # read where caching is enabled
         try:
-            for function in signatures:
-                function.enable_caching()
+            function.enable_caching()
         finally:
             numba.config.CACHE_DIR = chosen
-    for function, signature in signatures.items():
-        try:
-            function.compile(signature)
-        except OSError:  # the disk is full
-            folder = None
-            functions[function.__name__] = numba.njit(signature)(function.py_func)
-        # Arguments of other types are an error, rather than seconds in a training step.
-        functions[function.__name__].disable_compile()
-    return Compiled(**functions, is_cached=folder is not None)
+    try:
+        function.compile(signature)
+    except OSError:  # the disk is full
+        folder = None
+        function = numba.njit(signature)(function.py_func)
+    # Arguments of other types are an error, rather than seconds in a training step.
+    function.disable_compile()
+    return function, folder is not None
 
 
+@cache
 def _find_folder() -> Path | None:
     """A folder for this machine code that can be written; None if there is none."""
     import llvmlite.binding as llvm

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_llep.planner.auto import choose_plan
-from megatron_llep.planner.compiled import compile_planners
+from megatron_llep.planner.compiled import compiled
 from megatron_llep.planner.plan import Plan, freeze_plan
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from megatron_llep.planner.cost.model import LayerCost
 
 PLANNERS = ("tolerant", "exact", "lla", "lp", "auto")
-"""In the order of their numbers in `loops.plan`, which knows none of `auto`."""
 LLA_THRESHOLD = 1.3
 """The paper's lambda."""
 
@@ -75,30 +74,75 @@ def make_plan(
         tolerance=tolerance,
     )
 
+    counts = np.ascontiguousarray(counts, np.int64)
     predicts = planner == "auto"
 
     def run(planner: str, tolerance: float = tolerance) -> Plan:
-        quota, foreign_experts, transfers, smallest, *loads = compile_planners().plan_counts(
-            np.ascontiguousarray(counts, np.int64),
-            PLANNERS.index(planner),
-            max_foreign,
-            topology.node_size(P),
-            topology.lend_across_nodes,
-            capacity_factor,
-            min_tokens_per_gemm,
-            0.0 if predicts else imbalance_threshold,
-            tolerance,
-            not predicts,
+        return plan_counts(
+            counts,
+            planner=planner,
+            max_foreign=max_foreign,
+            capacity_factor=capacity_factor,
+            min_tokens_per_gemm=min_tokens_per_gemm,
+            threshold=0.0 if predicts else imbalance_threshold,
+            tolerance=tolerance,
+            topology=topology,
+            falls_back=not predicts,
         )
-        if smallest < 0:
-            raise ValueError(f"counts must not be negative, the smallest is {smallest}")
-        return freeze_plan(quota, foreign_experts, transfers, *loads)
 
     if not predicts:
         return run(planner)
     if cost is None:
         raise ValueError("planner='auto' predicts times: give it a cost model with cost=")
     return choose_plan(run, counts, topology, cost)
+
+
+def plan_counts(
+    counts: np.ndarray,
+    *,
+    planner: str,
+    max_foreign: int,
+    capacity_factor: float,
+    min_tokens_per_gemm: int,
+    threshold: float,
+    tolerance: float,
+    topology: Topology,
+    falls_back: bool,
+) -> Plan:
+    """Run one planner, whose options `make_plan` describes and checks.
+
+    Args:
+        counts: int64 [P, E], C-contiguous.
+        planner: any but `auto`; `lp` lends nothing.
+        max_foreign: as `make_plan`, and the rest.
+        capacity_factor: of `lla`.
+        min_tokens_per_gemm: of `lla`.
+        threshold: the imbalance below which nothing is lent.
+        tolerance: of `tolerant`.
+        topology: of the P ranks.
+        falls_back: lend nothing if the largest load would not fall.
+    """
+    loads, load, smallest, total, before = compiled("plan.sum_up")(counts)
+    if smallest < 0:
+        raise ValueError(f"counts must not be negative, the smallest is {smallest}")
+    P, num_moves = len(load), 0
+    moves = np.empty((P * max_foreign, 3), np.int64)
+    if (before * P / total if total else 1.0) >= threshold:
+        limits = max_foreign, topology.node_size(P), topology.lend_across_nodes
+        if planner == "tolerant":
+            find = compiled("tolerant.tolerant_moves")
+            num_moves = find(loads, load, *limits, tolerance, moves)
+        elif planner == "exact":
+            num_moves = compiled("exact.exact_moves")(loads, load, *limits, moves)
+        elif planner == "lla":
+            find = compiled("lla.lla_moves")
+            num_moves = find(loads, load, *limits, capacity_factor, min_tokens_per_gemm, moves)
+    give_tables = compiled("plan.give_tables")
+    quota, foreign_experts, transfers, after = give_tables(loads, load, moves, num_moves)
+    if falls_back and num_moves and after >= before:
+        quota, foreign_experts, transfers, _ = give_tables(loads, load, moves, 0)
+        after = before
+    return freeze_plan(quota, foreign_experts, transfers, total, before, after)
 
 
 def default_threshold(planner: str, tolerance: float) -> float:

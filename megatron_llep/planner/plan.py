@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_llep.planner.compiled import compile_planners
+from megatron_llep.planner.compiled import compiled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +113,7 @@ def plan_from_quota(quota: np.ndarray) -> Plan:
     Args:
         quota: int64 [E, P], non-negative, P divides E. The plan keeps it and makes it read-only.
     """
-    found = compile_planners().read_quotas(np.ascontiguousarray(quota, np.int64))
+    found = compiled("plan.read_quotas")(np.ascontiguousarray(quota, np.int64))
     return freeze_plan(quota, *found)
 
 

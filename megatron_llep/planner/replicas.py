@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_llep.planner.compiled import compile_planners
+from megatron_llep.planner.compiled import compiled
 from megatron_llep.planner.make import default_threshold, make_plan
 from megatron_llep.planner.plan import Plan, imbalance_of, plan_from_quota
 
@@ -78,7 +78,7 @@ def load_per_rank(counts: np.ndarray, num_replicas: int, num_ranks: int) -> np.n
 def stay_in_row(counts: np.ndarray, num_replicas: int) -> np.ndarray:
     """Send all tokens to the replica in the row of their source: [R, D * E] from [R, E]."""
     counts = np.ascontiguousarray(counts, np.int64)
-    return compile_planners().stay_in_row(counts, num_replicas)
+    return compiled("replicas.stay_in_row")(counts, num_replicas)
 
 
 def spread_over_replicas(
@@ -99,7 +99,7 @@ def spread_over_replicas(
     """
     counts = np.ascontiguousarray(counts, np.int64)
     load = load_per_rank(counts, num_replicas, num_ranks)
-    return compile_planners().spread_tokens(counts, load, num_replicas, lends)
+    return compiled("replicas.spread_tokens")(counts, load, num_replicas, lends)
 
 
 def _drop_moves_of_replicas(
@@ -113,7 +113,7 @@ def _drop_moves_of_replicas(
     _, home, borrower = plan.transfers.T
     if not (home % P == borrower % P).any():
         return plan, spread
-    quota, spread = compile_planners().keep_own_replicas(
+    quota, spread = compiled("replicas.keep_own_replicas")(
         plan.quota, spread, plan.transfers, num_replicas
     )
     return plan_from_quota(quota), spread

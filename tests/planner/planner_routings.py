@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from megatron_llep.planner import PLANNERS
-from megatron_llep.planner.compiled import compile_planners
+from megatron_llep.planner.make import plan_counts
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
 # The same examples on every run, and no deadline on a shared machine.
@@ -81,18 +80,17 @@ def _quota(
     """[E, P] quotas of a planner alone, without thresholds or fall-back."""
     counts = np.zeros((num_ranks, len(loads)), dtype=np.int64)
     counts[0] = loads
-    return compile_planners().plan_counts(
+    return plan_counts(
         counts,
-        PLANNERS.index(planner),
-        max_foreign,
-        topology.node_size(num_ranks),
-        topology.lend_across_nodes,
-        capacity_factor,
-        min_tokens_per_gemm,
-        0.0,
-        tolerance,
-        False,
-    )[0]
+        planner=planner,
+        max_foreign=max_foreign,
+        capacity_factor=capacity_factor,
+        min_tokens_per_gemm=min_tokens_per_gemm,
+        threshold=0.0,
+        tolerance=tolerance,
+        topology=topology,
+        falls_back=False,
+    ).quota
 
 
 exact_quota = partial(_quota, "exact")

@@ -5,10 +5,12 @@ sources: source r belongs to rank r // tp.
 """
 
 import numpy as np
-from numba import njit
+
+from megatron_llep.planner.loops.arrays import zero_table, zeros
+from megatron_llep.planner.loops.jit import entry, helper
 
 
-@njit
+@entry
 def count_sends(
     counts: np.ndarray,
     quota: np.ndarray,
@@ -30,13 +32,13 @@ def count_sends(
     R, E = counts.shape
     P = quota.shape[1]
     own = source // (R // P)
-    sends = np.zeros((E, P), np.int64)
+    sends = zero_table(E, P)
     for expert in range(E):
         sends[expert, expert // (E // P)] = counts[source, expert]
-    from_sources = np.empty(R, np.int64)
-    is_lent = np.zeros(E, np.bool_)
+    from_sources = zeros(R)
+    is_lent = zeros(E)
     for i in range(len(transfers)):
-        is_lent[transfers[i, 0]] = True
+        is_lent[transfers[i, 0]] = 1
     for expert in range(E):
         if is_lent[expert] and counts[source, expert]:
             give_out(
@@ -53,7 +55,7 @@ def count_sends(
     return sends
 
 
-@njit
+@entry
 def count_receives(
     counts: np.ndarray,
     quota: np.ndarray,
@@ -76,8 +78,8 @@ def count_receives(
     P, S = foreign_experts.shape
     M = E // P
     first = rank * (R // P)
-    receives = np.zeros((R, M + S), np.int64)
-    to_ranks, from_sources = np.empty(P, np.int64), np.empty(R, np.int64)
+    receives = zero_table(R, M + S)
+    to_ranks, from_sources = zeros(P), zeros(R)
     for slot in range(M + S):
         expert = rank * M + slot if slot < M else foreign_experts[rank, slot - M]
         if expert >= 0 and quota[expert, rank]:
@@ -89,7 +91,7 @@ def count_receives(
     return receives
 
 
-@njit
+@helper
 def give_out(
     counts: np.ndarray,
     quota: np.ndarray,
@@ -107,7 +109,7 @@ def give_out(
     into `from_sources` [R].
     """
     R, P = len(counts), quota.shape[1]
-    rest, room = np.empty(R, np.int64), np.empty(P, np.int64)
+    rest, room = zeros(R), zeros(P)
     for r in range(R):
         rest[r], from_sources[r] = counts[r, expert], 0
     for g in range(P):

@@ -4,14 +4,14 @@ Shape letters: P ranks, E experts, M = E / P experts native to a rank.
 """
 
 import numpy as np
-from numba import njit
 
+from megatron_llep.planner.loops.arrays import zeros
+from megatron_llep.planner.loops.jit import entry, helper
 from megatron_llep.planner.loops.moves import set_move
-from megatron_llep.planner.loops.queue import insert, take_last
-from megatron_llep.planner.loops.sums import total_of
+from megatron_llep.planner.loops.queue import insert, take
 
 
-@njit
+@entry
 def exact_moves(
     loads: np.ndarray,
     load: np.ndarray,
@@ -55,7 +55,7 @@ def exact_moves(
     for rank in range(P):
         surplus[rank] = load[rank] - surplus[rank]
     left = loads.copy()
-    unlent = np.zeros(P, np.int64)
+    unlent = zeros(P)
     n = 0 * P  # no literal, for which numba would compile `_balance` a second time
     size = node_size
     while True:
@@ -66,21 +66,23 @@ def exact_moves(
         size = P
 
 
-@njit
+@helper
 def even_shares(load: np.ndarray, group_size: int) -> np.ndarray:
     """[P] tokens each rank has when groups of so many ranks share evenly.
 
     What does not divide goes to the first ranks, one token each.
     """
-    shares = np.empty_like(load)
+    shares = zeros(len(load))
     for first in range(0, len(load), group_size):
-        total = total_of(load[first : first + group_size])
+        total = 0
+        for i in range(group_size):
+            total += load[first + i]
         for i in range(group_size):
             shares[first + i] = total // group_size + (i < total % group_size)
     return shares
 
 
-@njit
+@helper
 def _balance(
     first: int,
     last: int,
@@ -108,15 +110,15 @@ def _balance(
     P = len(load)
     M = len(left) // P
     # Turned ids, so that the last one is the lowest id among those with most.
-    above, below = np.zeros(P + 1, np.int64), np.zeros(P + 1, np.int64)
+    above, below = zeros(P + 1), zeros(P + 1)
     for rank in range(first, last):
         if surplus[rank] > 0:
             insert(above, surplus[rank] * P + P - 1 - rank)
         elif surplus[rank] < 0:
             insert(below, -surplus[rank] * P + P - 1 - rank)
     while above[0] and below[0]:
-        lender = P - 1 - take_last(above) % P
-        borrower = P - 1 - take_last(below) % P
+        lender = P - 1 - take(above, above[0]) % P
+        borrower = P - 1 - take(below, below[0]) % P
         need = -surplus[borrower]
         surplus[lender] -= need
         surplus[borrower] = 0
@@ -142,7 +144,7 @@ def _balance(
     return n
 
 
-@njit
+@helper
 def most_left(left: np.ndarray, first: int, num_experts: int) -> int:
     """Of so many experts from the first on, the one with most tokens; the lowest id of equals."""
     best = first

@@ -6,12 +6,12 @@ r belongs to rank r // tp. C chunks, a source's pairs of one (expert, holder).
 """
 
 import numpy as np
-from numba import njit
 
 from megatron_llep.planner.loops.assignment import count_receives, give_out
+from megatron_llep.planner.loops.jit import entry
 
 
-@njit
+@entry
 def list_exchange(
     counts: np.ndarray,
     quota: np.ndarray,

@@ -4,14 +4,14 @@ Shape letters: P ranks, E experts, M = E / P experts native to a rank, N nodes.
 """
 
 import numpy as np
-from numba import njit
 
+from megatron_llep.planner.loops.arrays import largest_of, total_of, zero_table, zeros
+from megatron_llep.planner.loops.jit import entry, helper
 from megatron_llep.planner.loops.moves import set_move
-from megatron_llep.planner.loops.queue import insert, take, take_last
-from megatron_llep.planner.loops.sums import largest_of, total_of
+from megatron_llep.planner.loops.queue import NO_KEY, insert, take
 
 
-@njit
+@entry
 def lla_moves(
     loads: np.ndarray,
     load: np.ndarray,
@@ -75,21 +75,21 @@ def lla_moves(
         return 0
     # By node, a queue of the ranks with room and a slot, from the least loaded up. A rank that
     # has spilled has no room.
-    queues = np.zeros((P // node_size, node_size + 1), np.int64)
-    slots = np.full(P, max_foreign)
+    queues = zero_table(P // node_size, node_size + 1)
+    slots = zeros(P)
     for rank in range(P):
+        slots[rank] = max_foreign
         if load[rank] < capacity:
             insert(queues[rank // node_size], load[rank] * P + rank)
-    n = 0
+    n = 0 * P  # no literal, for which numba would compile `set_move` a second time
     # The experts of ranks above the capacity, as only these spill. Of turned ids, so that the last
     # one is the lowest id among those with most.
-    experts = np.zeros(E + 1, np.int64)
-    last = np.iinfo(np.int64).max
+    experts = zeros(E + 1)
     for rank in range(P):
         if load[rank] > capacity:
-            _line_up(loads, rank * M, M, last, experts)
+            _line_up(loads, rank * M, M, NO_KEY, experts)
     while experts[0]:
-        key = take_last(experts)
+        key = take(experts, experts[0])
         expert = E - 1 - key % E
         home = expert // M
         rest = min(loads[expert], load[home] - capacity)
@@ -118,7 +118,7 @@ def lla_moves(
     return n
 
 
-@njit
+@helper
 def _least_loaded(queues: np.ndarray, default: int) -> int:
     """The node whose first rank is the least loaded; the default if no node has one."""
     best = default
@@ -128,7 +128,7 @@ def _least_loaded(queues: np.ndarray, default: int) -> int:
     return best
 
 
-@njit
+@helper
 def _line_up(loads: np.ndarray, first: int, num: int, before: int, experts: np.ndarray) -> None:
     """Add so many experts from the first on to a queue, those with keys below `before`."""
     E = len(loads)

@@ -1,18 +1,19 @@
 """Moves: rows (expert, borrower, tokens) of an int64 array."""
 
 import numpy as np
-from numba import njit
+
+from megatron_llep.planner.loops.jit import helper
 
 
-@njit
+@helper
+def new_moves(n: int) -> np.ndarray:
+    """Room for n moves, int64 [n, 3]."""
+    return np.empty((n, 3), np.int64)
+
+
+@helper
 def set_move(moves: np.ndarray, i: int, expert: int, borrower: int, tokens: int) -> None:
     """Write move i."""
     moves[i, 0] = expert
     moves[i, 1] = borrower
     moves[i, 2] = tokens
-
-
-@njit
-def copy_move(source: np.ndarray, i: int, target: np.ndarray, k: int) -> None:
-    """Write move i of the source as move k of the target."""
-    set_move(target, k, source[i, 0], source[i, 1], source[i, 2])

@@ -6,10 +6,14 @@ amounts, and amounts up to 2**63 / P fit.
 """
 
 import numpy as np
-from numba import njit
+
+from megatron_llep.planner.loops.jit import helper
+
+NO_KEY = 2**63 - 1
+"""More than any key."""
 
 
-@njit
+@helper
 def find(queue: np.ndarray, key: int) -> int:
     """Place of the first key that is not below this one; n + 1 if all are."""
     low, high = 1, queue[0] + 1
@@ -22,7 +26,7 @@ def find(queue: np.ndarray, key: int) -> int:
     return low
 
 
-@njit
+@helper
 def insert(queue: np.ndarray, key: int) -> None:
     """Put a key in its place."""
     place = find(queue, key)
@@ -32,7 +36,7 @@ def insert(queue: np.ndarray, key: int) -> None:
     queue[place] = key
 
 
-@njit
+@helper
 def take(queue: np.ndarray, place: int) -> int:
     """Remove the key at a place, and return it."""
     key = queue[place]
@@ -40,10 +44,3 @@ def take(queue: np.ndarray, place: int) -> int:
         queue[i] = queue[i + 1]
     queue[0] -= 1
     return key
-
-
-@njit
-def take_last(queue: np.ndarray) -> int:
-    """Remove the largest key, and return it."""
-    queue[0] -= 1
-    return queue[queue[0] + 1]

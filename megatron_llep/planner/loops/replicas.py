@@ -6,12 +6,12 @@ expert e number d * E + e.
 """
 
 import numpy as np
-from numba import njit
 
-from megatron_llep.planner.loops.sums import largest_of, total_of
+from megatron_llep.planner.loops.arrays import largest_of, total_of, zero_table, zeros
+from megatron_llep.planner.loops.jit import entry, helper
 
 
-@njit
+@entry
 def spread_tokens(
     counts: np.ndarray, load: np.ndarray, num_replicas: int, lends: bool
 ) -> np.ndarray:
@@ -35,7 +35,7 @@ def spread_tokens(
     M, tp = E // P, S // P
     spread = stay_in_row(counts, D)
     target = set_targets(load, D, lends)
-    room = np.empty(len(load), np.int64)
+    room = zeros(len(load))
     for rank in range(len(load)):
         room[rank] = max(target[rank] - load[rank], 0)
     for p in range(P):
@@ -58,11 +58,11 @@ def spread_tokens(
     return spread
 
 
-@njit
+@entry
 def stay_in_row(counts: np.ndarray, num_replicas: int) -> np.ndarray:
     """Send all tokens to the replica in the row of their source: [R, D * E] from [R, E]."""
     R, E = counts.shape
-    spread = np.zeros((R, num_replicas * E), np.int64)
+    spread = zero_table(R, num_replicas * E)
     for source in range(R):
         row = source // (R // num_replicas)
         for expert in range(E):
@@ -70,7 +70,7 @@ def stay_in_row(counts: np.ndarray, num_replicas: int) -> np.ndarray:
     return spread
 
 
-@njit
+@helper
 def set_targets(load: np.ndarray, num_replicas: int, lends: bool) -> np.ndarray:
     """The most tokens that each rank shall keep or take from its replicas: [D * P] from [D * P].
 
@@ -80,12 +80,12 @@ def set_targets(load: np.ndarray, num_replicas: int, lends: bool) -> np.ndarray:
     would borrow what it holds.
     """
     D, P = num_replicas, len(load) // num_replicas
-    total = np.zeros(P, np.int64)
+    total = zeros(P)
     for rank in range(D * P):
         total[rank % P] += load[rank]
     all_tokens = total_of(total)
     most_shared = (largest_of(total) + D - 1) // D
-    target = np.empty(D * P, np.int64)
+    target = zeros(D * P)
     for rank in range(D * P):
         even = all_tokens // (D * P) + (rank < all_tokens % (D * P))
         target[rank] = even if lends else most_shared
@@ -99,7 +99,7 @@ def set_targets(load: np.ndarray, num_replicas: int, lends: bool) -> np.ndarray:
     return target
 
 
-@njit
+@entry
 def keep_own_replicas(
     quota: np.ndarray, spread: np.ndarray, transfers: np.ndarray, num_replicas: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -4,15 +4,15 @@ Shape letters: P ranks, E experts, M = E / P experts native to a rank, N nodes.
 """
 
 import numpy as np
-from numba import njit
 
+from megatron_llep.planner.loops.arrays import largest_of, total_of, zero_table, zeros
 from megatron_llep.planner.loops.exact import even_shares, exact_moves, most_left
-from megatron_llep.planner.loops.moves import copy_move, set_move
-from megatron_llep.planner.loops.queue import find, insert, take, take_last
-from megatron_llep.planner.loops.sums import largest_of, total_of
+from megatron_llep.planner.loops.jit import entry, helper
+from megatron_llep.planner.loops.moves import new_moves, set_move
+from megatron_llep.planner.loops.queue import NO_KEY, find, insert, take
 
 
-@njit
+@entry
 def tolerant_moves(
     loads: np.ndarray,
     load: np.ndarray,
@@ -59,19 +59,19 @@ def tolerant_moves(
     n = _even_out(left, load, largest_of(shares), moves, n)
     if max_foreign == len(loads) // P and n <= below_share and largest_of(load) <= cap:
         return n
-    exact = np.empty_like(moves)
+    exact = new_moves(len(moves))
     num_exact = exact_moves(loads, exact_load, max_foreign, node_size, lends_across, exact)
     most, exact_most = max(cap, largest_of(load)), max(cap, largest_of(exact_load))
     if exact_most < most or (exact_most == most and num_exact < n):
         n = num_exact
         for i in range(n):
-            copy_move(exact, i, moves, i)
+            set_move(moves, i, exact[i, 0], exact[i, 1], exact[i, 2])
         for rank in range(P):
             load[rank] = exact_load[rank]
     return n
 
 
-@njit
+@entry
 def most_tokens(load: np.ndarray, node_size: int, lends_across: bool, tolerance: float) -> int:
     """The cap: (1 + tolerance) * mean, rounded down, but at least the mean, rounded up.
 
@@ -84,11 +84,14 @@ def most_tokens(load: np.ndarray, node_size: int, lends_across: bool, tolerance:
         return cap
     most = 0 * P
     for first in range(0, P, node_size):
-        most = max(most, total_of(load[first : first + node_size]))
+        tokens = 0
+        for rank in range(first, first + node_size):
+            tokens += load[rank]
+        most = max(most, tokens)
     return cap if most <= cap * node_size else _exceed_mean(most, node_size, tolerance)
 
 
-@njit
+@helper
 def _exceed_mean(total: int, num_ranks: int, tolerance: float) -> int:
     """Most tokens with which a rank has at most 1 + tolerance times the mean; or the mean."""
     limit = min(1 + tolerance, float(num_ranks))
@@ -98,7 +101,7 @@ def _exceed_mean(total: int, num_ranks: int, tolerance: float) -> int:
     return max(tokens, (total + num_ranks - 1) // num_ranks)
 
 
-@njit
+@helper
 def _shed(
     left: np.ndarray,
     load: np.ndarray,
@@ -126,21 +129,22 @@ def _shed(
     M = len(left) // P
     if max_foreign == 0:
         return 0
-    lenders = np.zeros(P + 1, np.int64)
+    lenders = zeros(P + 1)
     # By node, a queue of the ranks with room and a slot, from the least room up.
-    rooms = np.zeros((P // node_size, node_size + 1), np.int64)
-    room_in_node = np.zeros(P // node_size, np.int64)
-    slots = np.full(P, max_foreign)
+    rooms = zero_table(P // node_size, node_size + 1)
+    room_in_node = zeros(P // node_size)
+    slots = zeros(P)
     for rank in range(P):
+        slots[rank] = max_foreign
         node = rank // node_size
         if load[rank] > cap:
             insert(lenders, (load[rank] - cap) * P + P - 1 - rank)
         elif load[rank] < cap:
             insert(rooms[node], (cap - load[rank]) * P + rank)
             room_in_node[node] += cap - load[rank]
-    n = 0
+    n = 0 * P  # no literal, for which numba would compile `set_move` a second time
     while lenders[0]:
-        lender = P - 1 - take_last(lenders) % P
+        lender = P - 1 - take(lenders, lenders[0]) % P
         own = lender // node_size
         stays = not lends_across or room_in_node[own] >= load[lender] - cap
         while load[lender] > cap:
@@ -151,7 +155,9 @@ def _shed(
                 node = _best_node(rooms, own, wanted * P, P)
             if rooms[node, 0] == 0:
                 break
-            key = take(rooms[node], _best_room(rooms[node], wanted * P, P))
+            queue = rooms[node]
+            most_room = queue[queue[0]] // P
+            key = take(queue, find(queue, min(wanted, most_room) * P))
             room, borrower = key // P, key % P
             room_in_node[node] -= room
             slots[borrower] -= 1
@@ -170,14 +176,7 @@ def _shed(
     return n
 
 
-@njit
-def _best_room(rooms: np.ndarray, wanted: int, P: int) -> int:
-    """Place of the least room for `wanted` (a key), or else of the most; there is one."""
-    most = rooms[rooms[0]] // P * P
-    return find(rooms, min(wanted, most))
-
-
-@njit
+@helper
 def _best_node(rooms: np.ndarray, own: int, wanted: int, P: int) -> int:
     """The node with the best room for `wanted` (a key); the own one if its best is as large."""
     most = 0
@@ -187,7 +186,7 @@ def _best_node(rooms: np.ndarray, own: int, wanted: int, P: int) -> int:
     wanted = min(wanted, most)
     if rooms[own, 0] and rooms[own, rooms[own, 0]] >= wanted:
         return own
-    best, least = own, np.iinfo(np.int64).max
+    best, least = own, NO_KEY
     for node in range(len(rooms)):
         place = find(rooms[node], wanted)
         if place <= rooms[node, 0] and rooms[node, place] < least:
@@ -195,7 +194,7 @@ def _best_node(rooms: np.ndarray, own: int, wanted: int, P: int) -> int:
     return best
 
 
-@njit
+@helper
 def _even_out(left: np.ndarray, load: np.ndarray, least: int, moves: np.ndarray, n: int) -> int:
     """Change how many tokens are lent so that each lender and its borrowers have equal loads.
 
@@ -209,14 +208,17 @@ def _even_out(left: np.ndarray, load: np.ndarray, least: int, moves: np.ndarray,
     P = len(load)
     M = len(left) // P
     worth_it = (least + largest_of(load)) // 2
-    level = np.empty(P, np.int64)  # of each lender and its borrowers
-    first = 0 * n
+    level = zeros(P)  # of each lender and its borrowers
+    first = 0 * n  # no literal, for which numba would compile the functions below a second time
     while first < n:
-        lender, last = _find_group(moves, n, first, M)
+        lender, last = moves[first, 0] // M, _end_of_group(moves, n, first, M)
         total, members = load[lender], 1
         for i in range(first, last):
-            if not _contains(moves[first:i, 1], moves[i, 1]):
-                total += load[moves[i, 1]]
+            borrower, is_new = moves[i, 1], True
+            for k in range(first, i):
+                is_new &= moves[k, 1] != borrower
+            if is_new:
+                total += load[borrower]
                 members += 1
         level[lender] = max(least, (total + members - 1) // members)
         if level[lender] > worth_it:
@@ -224,55 +226,55 @@ def _even_out(left: np.ndarray, load: np.ndarray, least: int, moves: np.ndarray,
         first = last
     first = 0 * n
     while first < n:
-        lender, last = _find_group(moves, n, first, M)
-        _settle_at(level[lender], lender, moves[first:last], left, load)
+        lender, last = moves[first, 0] // M, _end_of_group(moves, n, first, M)
+        _settle_at(level[lender], lender, moves, first, last, left, load)
         first = last
-    kept = 0
+    kept = 0 * n
     for i in range(n):
         if moves[i, 2]:
-            copy_move(moves, i, moves, kept)
+            set_move(moves, kept, moves[i, 0], moves[i, 1], moves[i, 2])
             kept += 1
     return kept
 
 
-@njit
-def _find_group(moves: np.ndarray, n: int, first: int, M: int) -> tuple[int, int]:
-    """The lender of a move, and the place after the last of its moves."""
-    lender = moves[first, 0] // M
+@helper
+def _end_of_group(moves: np.ndarray, n: int, first: int, M: int) -> int:
+    """The place after the last move of the lender whose moves begin at `first`."""
     last = first
-    while last < n and moves[last, 0] // M == lender:
+    while last < n and moves[last, 0] // M == moves[first, 0] // M:
         last += 1
-    return lender, last
+    return last
 
 
-@njit
-def _contains(ranks: np.ndarray, rank: int) -> bool:
-    for each in ranks:  # noqa: SIM110, numba has no `any`
-        if each == rank:
-            return True
-    return False
-
-
-@njit
+@helper
 def _settle_at(
-    level: int, lender: int, moves: np.ndarray, left: np.ndarray, load: np.ndarray
+    level: int,
+    lender: int,
+    moves: np.ndarray,
+    first: int,
+    last: int,
+    left: np.ndarray,
+    load: np.ndarray,
 ) -> None:
-    """Bring a lender and its borrowers to one level: more is lent to those below, or less."""
+    """Bring a lender and its borrowers to one level: more is lent to those below, or less.
+
+    Its moves are those from `first` to before `last`.
+    """
     spare = load[lender] - level  # and what borrowers above the level will give back
-    for i in range(len(moves)):
+    for i in range(first, last):
         spare += min(moves[i, 2], max(load[moves[i, 1]] - level, 0))
-    for i in range(len(moves)):
+    for i in range(first, last):
         expert, borrower = moves[i, 0], moves[i, 1]
-        tokens = min(spare, level - load[borrower], left[expert])
+        tokens = min(spare, min(level - load[borrower], left[expert]))
         if tokens > 0:
             moves[i, 2] += tokens
             left[expert] -= tokens
             load[borrower] += tokens
             load[lender] -= tokens
             spare -= tokens
-    for i in range(len(moves)):
+    for i in range(first, last):
         expert, borrower = moves[i, 0], moves[i, 1]
-        tokens = min(moves[i, 2], load[borrower] - level, level - load[lender])
+        tokens = min(moves[i, 2], min(load[borrower] - level, level - load[lender]))
         if tokens > 0:
             moves[i, 2] -= tokens
             left[expert] += tokens

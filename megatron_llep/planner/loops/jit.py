@@ -1,0 +1,10 @@
+"""How the loops are compiled: those that Python calls, and those that only loops call.
+
+A function that Python can call needs two wrappers, which take as long to compile as a small loop.
+"""
+
+from numba import njit
+
+entry = njit(no_cfunc_wrapper=True)
+helper = njit(no_cfunc_wrapper=True, no_cpython_wrapper=True)
+"""Never to be called from Python: there is no such code."""
