@@ -181,7 +181,8 @@ class WeightLoan:
     def hand_out(self) -> list[Weights]:
         """F experts' weights; if gradients return, with `main_grad`s (see `ForeignGrads`)."""
         foreign = self._parcel.split(self._weights)
-        self._handed_out = [weakref.ref(weight) for expert in foreign for weight in expert]
+        if self._parcel.is_quantised:
+            self._handed_out = [weakref.ref(weight) for expert in foreign for weight in expert]
         if self.returns:
             self._grads = ForeignGrads(
                 foreign,

@@ -21,6 +21,7 @@ GEMMs as well.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -107,6 +108,11 @@ class Parcel:
         return cls(dtype=dtype, forms=tuple(laid_out))
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether any of the expert's weights is."""
+        return any(form.quantised for form in self.forms)
+
+    @cached_property
     def sizes(self) -> list[int]:
         """Units of the tensors that `flatten` returns."""
         return [
@@ -117,7 +123,7 @@ class Parcel:
             if units
         ]
 
-    @property
+    @cached_property
     def width(self) -> int:
         """B."""
         return sum(self.sizes)

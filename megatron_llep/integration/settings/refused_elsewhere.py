@@ -42,7 +42,7 @@ _ROWS = (
     ),
     (
         "experts of another kind than `SequentialMLP` and `TEGroupedMLP`",
-        "LLEP cannot lend them",
+        "LLEP cannot lend them: use one of these, or leave `--moe-llep` out",
     ),
     (
         "a `--te-precision-config-file` that chooses FP4 for experts, or a recipe that "
@@ -60,7 +60,7 @@ _ROWS = (
     ),
     (
         "a subclass of Megatron's `MoELayer`, in a model or a specification",
-        "its own behaviour would be lost",
+        "its own behaviour would be lost: use `MoELayer` itself, or leave `--moe-llep` out",
     ),
     (
         "adapters (LoRA) or other modules put around experts after LLEP was switched on",

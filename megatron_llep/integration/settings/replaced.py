@@ -5,6 +5,15 @@ from typing import Any
 from megatron_llep.integration.settings.setting import Setting, has_one_of, has_value
 
 
+def _switch_off(flag: str, text: str, *, to: object = False, **more: Any) -> Setting:
+    """Run without a flag, whose field has its name."""
+    name = flag.removeprefix("--").replace("-", "_")
+    is_set = has_value(name)
+    return Setting(
+        verdict="replaced", flag=flag, name=name, is_set=is_set, runs={name: to}, text=text, **more
+    )
+
+
 def _is_padded_by_router(source: Any) -> bool:
     alias = getattr(source, "moe_router_padding_for_fp8", False)
     return bool(source.moe_router_padding_for_quantization or alias)
@@ -43,29 +52,17 @@ REPLACED = (
         text="tokens go by all-to-all; given up are the back end's kernels, which send a token "
         "once to a rank with several of its experts; to keep them leave --moe-llep out",
     ),
-    Setting(
-        verdict="replaced",
-        flag="--moe-enable-deepep",
-        name="moe_enable_deepep",
-        is_set=has_value("moe_enable_deepep"),
-        runs={"moe_enable_deepep": False},
-        text="without the flex dispatcher DeepEP does not run; to keep it leave --moe-llep out",
+    _switch_off(
+        "--moe-enable-deepep",
+        "without the flex dispatcher DeepEP does not run; to keep it leave --moe-llep out",
     ),
-    Setting(
-        verdict="replaced",
-        flag="--moe-permute-fusion-into-hybridep",
-        name="moe_permute_fusion_into_hybridep",
-        is_set=has_value("moe_permute_fusion_into_hybridep"),
-        runs={"moe_permute_fusion_into_hybridep": False},
-        text="LLEP orders tokens before they are exchanged; to keep HybridEP leave --moe-llep out",
+    _switch_off(
+        "--moe-permute-fusion-into-hybridep",
+        "LLEP orders tokens before they are exchanged; to keep HybridEP leave --moe-llep out",
     ),
-    Setting(
-        verdict="replaced",
-        flag="--moe-permute-fusion",
-        name="moe_permute_fusion",
-        is_set=has_value("moe_permute_fusion"),
-        runs={"moe_permute_fusion": False},
-        text="LLEP's own placement orders the tokens, in kernels of its own on a GPU",
+    _switch_off(
+        "--moe-permute-fusion",
+        "LLEP's own placement orders the tokens, in kernels of its own on a GPU",
     ),
     Setting(
         verdict="replaced",
@@ -85,33 +82,23 @@ REPLACED = (
         text="routed experts run in Transformer Engine's grouped linears, which lent experts can "
         "enter; the rest of the model keeps its fused operations",
     ),
-    Setting(
-        verdict="replaced",
-        flag="--moe-expert-rank-capacity-factor",
-        name="moe_expert_rank_capacity_factor",
-        is_set=has_value("moe_expert_rank_capacity_factor"),
-        runs={"moe_expert_rank_capacity_factor": None},
-        text="a rank makes room for the rows of its plan, and drops none, as Megatron in the end, "
+    _switch_off(
+        "--moe-expert-rank-capacity-factor",
+        "a rank makes room for the rows of its plan, and drops none, as Megatron in the end, "
         "which runs a step again that has dropped some",
+        to=None,
+        is_read_by_loop=True,
     ),
-    Setting(
-        verdict="replaced",
-        flag="--moe-paged-stash",
-        name="moe_paged_stash",
-        is_set=has_value("moe_paged_stash"),
-        runs={"moe_paged_stash": False},
-        text="what experts save for backward stays where it is, and takes as much memory as its "
+    _switch_off(
+        "--moe-paged-stash",
+        "what experts save for backward stays where it is, and takes as much memory as its "
         "rows need",
     ),
-    Setting(
-        verdict="replaced",
-        flag="--overlap-dispatch-backward-with-experts-wgrad",
-        name="overlap_dispatch_backward_with_experts_wgrad",
-        is_set=has_value("overlap_dispatch_backward_with_experts_wgrad"),
-        runs={"overlap_dispatch_backward_with_experts_wgrad": False},
-        is_built_in=True,
-        text="experts compute their weights' gradients within their backward, as those of lent "
+    _switch_off(
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        "experts compute their weights' gradients within their backward, as those of lent "
         "experts travel home during dispatch",
+        is_built_in=True,
     ),
 )
 """The op fuser's field of the configuration is left as it is: it says what dense layers run."""

@@ -40,6 +40,8 @@ class Setting:
     """For what is replaced: the fields of the configuration that say what runs instead."""
     is_built_in: bool = False
     """For what is replaced: whether layers that were built with it keep it for good."""
+    is_read_by_loop: bool = False
+    """For what is replaced: whether Megatron's training loop reads it in its arguments, too."""
 
     @property
     def spans(self) -> list[str]:

@@ -65,7 +65,9 @@ def replace_in_loop(args: Namespace) -> None:
 
     Others are left as given: they are stored in checkpoints.
     """
-    args.moe_expert_rank_capacity_factor = None
+    for setting in REPLACED:
+        if setting.is_read_by_loop:
+            vars(args).update(setting.runs)
     graphs.keep_planning_out_of_graphs(args)
 
 
