@@ -40,7 +40,7 @@ from megatron_llep.placement.counting import CountTable
 from megatron_llep.placement.exchange import TokenExchange
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, take
 from megatron_llep.placement.travel import exchange_rows
-from megatron_llep.planner import Topology, load_per_rank, plan_over_replicas
+from megatron_llep.planner import Topology, plan_over_replicas
 from megatron_llep.planner.cost.layer import get_layer_cost
 
 Part = tuple[torch.Tensor, torch.Tensor]
@@ -129,7 +129,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
                 num_replicas=self.num_replicas,
                 num_ranks=self.ep_size,
                 planner=self.llep.planner,
-                max_foreign=self.llep.max_foreign_experts if counted.lenders.all() else 0,
+                max_foreign=self.llep.max_foreign_experts if counted.lends else 0,
                 capacity_factor=self.llep.capacity_factor,
                 min_tokens_per_gemm=self.llep.min_tokens_per_gemm,
                 imbalance_threshold=self.llep.imbalance_threshold,
@@ -138,15 +138,14 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
                 cost=self.cost,
             )
         plan_seconds = time.perf_counter() - start
-        self.progress.note_plan(plan.digest)
+        self.progress.note_plan(plan)
         if self.compares_at_once:
             self.progress.compare_plans(self.tp_ep_group)
         planned = Planned(
             **vars(routed),
             counts=counts,
-            load_before=load_per_rank(counted.counts, self.num_replicas, self.ep_size),
             plan=plan,
-            trainers=counted.trainers,
+            trains=counted.trains,
             plan_seconds=plan_seconds,
         )
         for listener in self.on_plan:

@@ -195,21 +195,17 @@ class LLEPMoELayer(MoELayer):
         if find(Routed, routing_map) is None:
             hand_on(self._start_count(routing_map), routing_map)
         planned = self.token_dispatcher.plan(take(Routed, routing_map))
-        loan = start = None
+        start: Callable[[], None] | None = None
         if not planned.plan.is_fallback:
             loan = self._make_loan(planned)
             start = partial(_start_lending, planned.weight_waits, loan)
-        planned = replace(planned, loan=loan, meanwhile=None if self._is_cut else start)
+            planned = replace(planned, loan=loan, meanwhile=None if self._is_cut else start)
         if not self._is_cut:
             hidden_states = self._hold_grads(planned, hidden_states)
         hand_on(planned, routing_map)
         rows, probs = super().preprocess(hidden_states, probs, routing_map)
-        if loan is None or start is None:
-            return rows, probs
-        if self._is_cut:
+        if self._is_cut and start is not None:
             start()
-        else:
-            relay(loan, rows)
         return rows, probs
 
     @_tells_place
@@ -222,7 +218,10 @@ class LLEPMoELayer(MoELayer):
         """
         with step("dispatch"):
             tokens, probs = super().dispatch(hidden_states, probs)
-        self._record(read(Placed, tokens))
+        placed = read(Placed, tokens)
+        if placed.loan is not None and not self._is_cut:
+            relay(placed.loan, hidden_states)
+        self._record(placed)
         return tokens, probs
 
     @_tells_place

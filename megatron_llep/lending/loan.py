@@ -92,10 +92,6 @@ class WeightLoan:
             note_bytes: called at each exchange with the bytes this rank sends and receives.
         """
         self._plan, self._scatter_from = plan, scatter_from
-        self.lent = find_lent(plan, group.rank())
-        """Native experts (0..M-1) that this rank lends, ascending."""
-        self.has_shards = has_shards(plan, scatter_from)
-        """Whether there is a second exchange, of shards; the same on every rank."""
         self.natives = natives
         self.returns = returns and torch.is_grad_enabled()
         """Whether gradients come home: this forward is recorded, and some rank trains experts."""
@@ -119,6 +115,16 @@ class WeightLoan:
         # of like the other buffers, and not used again.
         if self._grads is not None and self._pending is None:
             self._grads.close()
+
+    @cached_property
+    def lent(self) -> list[int]:
+        """Native experts (0..M-1) that this rank lends, ascending."""
+        return find_lent(self._plan, self._group.rank())
+
+    @cached_property
+    def has_shards(self) -> bool:
+        """Whether there is a second exchange, of shards; the same on every rank."""
+        return has_shards(self._plan, self._scatter_from)
 
     @property
     def tensors_per_expert(self) -> int:

@@ -63,9 +63,7 @@ def hold_grads(
     if not hold_all:
         held = loan.lent if loan is not None else ()
     weights = [weight for expert in held for weight in natives[expert]]
-    # The anchor keeps the node in the graph of a rank on which nothing else needs a gradient.
-    anchor = torch.empty(0, device=hidden.device, requires_grad=True)
-    return _HoldGrads.apply(loan, held, hidden, anchor, *weights)
+    return _HoldGrads.apply(loan, held, hidden, *weights, *_make_anchors(hidden))
 
 
 def put_off(loan: WeightLoan, hidden: torch.Tensor, later: deque[WeightLoan]) -> torch.Tensor:
@@ -78,8 +76,7 @@ def put_off(loan: WeightLoan, hidden: torch.Tensor, later: deque[WeightLoan]) ->
     """
     if not (loan.returns and torch.is_grad_enabled()):
         return hidden
-    anchor = torch.empty(0, device=hidden.device, requires_grad=True)
-    return _PutOff.apply(loan, later, hidden, anchor)
+    return _PutOff.apply(loan, later, hidden, *_make_anchors(hidden))
 
 
 @torch.no_grad()
@@ -147,19 +144,26 @@ def refetch(loan: WeightLoan, output: torch.Tensor) -> None:
         output.register_hook(lambda _: loan.start_fetch())
 
 
+def _make_anchors(hidden: torch.Tensor) -> list[torch.Tensor]:
+    """What keeps a node in the graph of a rank on which nothing else needs a gradient."""
+    if hidden.requires_grad:
+        return []
+    return [torch.empty(0, device=hidden.device, requires_grad=True)]
+
+
 class _HoldGrads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, loan: WeightLoan | None, held: Sequence[int], hidden: torch.Tensor, anchor, *weights
+        ctx, loan: WeightLoan | None, held: Sequence[int], hidden: torch.Tensor, *others
     ) -> torch.Tensor:
-        ctx.loan, ctx.held, ctx.num_weights = loan, held, len(weights)
+        ctx.loan, ctx.held, ctx.num_others = loan, held, len(others)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx, grad_hidden):
         loan: WeightLoan | None = ctx.loan
         if loan is None:
-            return (None, None, grad_hidden, None, *[None] * ctx.num_weights)
+            return (None, None, grad_hidden, *[None] * ctx.num_others)
         grads: dict[int, list[torch.Tensor | None]] = {
             expert: [None] * loan.tensors_per_expert for expert in ctx.held
         }
@@ -171,23 +175,23 @@ class _HoldGrads(torch.autograd.Function):
             return grad
 
         _add_returned(loan, make_grad)
-        flat = (grad for expert in ctx.held for grad in grads[expert])
-        return (None, None, grad_hidden, None, *flat)
+        flat = [grad for expert in ctx.held for grad in grads[expert]]
+        return (None, None, grad_hidden, *flat, *[None] * (ctx.num_others - len(flat)))
 
 
 class _PutOff(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, loan: WeightLoan, later: deque[WeightLoan], hidden: torch.Tensor, anchor
+        ctx, loan: WeightLoan, later: deque[WeightLoan], hidden: torch.Tensor, *anchors
     ) -> torch.Tensor:
-        ctx.loan, ctx.later = loan, later
+        ctx.loan, ctx.later, ctx.num_anchors = loan, later, len(anchors)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx, grad_hidden):
         ctx.loan.continue_return()
         ctx.later.append(ctx.loan)
-        return None, None, grad_hidden, None
+        return None, None, grad_hidden, *[None] * ctx.num_anchors
 
 
 class _Lend(torch.autograd.Function):

@@ -1,12 +1,12 @@
 """Where this rank is, for errors, and what it planned last, which the ranks compare."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
+
+from megatron_llep.planner import Plan
 
 
 class Progress:
@@ -16,7 +16,7 @@ class Progress:
         self._place = "no MoE layer yet"
         self._forwards: dict[str, int] = {}
         self._planned_in = self._place
-        self._last_plan: Callable[[], int] = int
+        self._last_plan: Plan | None = None
 
     def enter(self, place: str) -> None:
         """Note what begins now."""
@@ -38,18 +38,14 @@ class Progress:
         self.enter(f"forward of {place}")
         return place
 
-    def note_plan(self, digest: Callable[[], int]) -> None:
-        """Note what was planned here: it goes out with the next counts.
-
-        Args:
-            digest: makes it, when it is asked for: tokens wait for a plan, and not for this.
-        """
-        self._last_plan, self._planned_in = cache(digest), self._place
+    def note_plan(self, plan: Plan) -> None:
+        """Note what was planned here: its digest goes out with the next counts."""
+        self._last_plan, self._planned_in = plan, self._place
 
     @property
     def last_plan(self) -> int:
         """Digest of the last plan; 0 before the first."""
-        return self._last_plan()
+        return self._last_plan.digest if self._last_plan is not None else 0
 
     def compare_plans(self, group: dist.ProcessGroup) -> None:
         """Check at once that all ranks of the group made the same plan; on the host, over gloo.
@@ -64,26 +60,26 @@ class Progress:
         if most != least:
             made = extremes.new_empty(dist.get_world_size(group))
             dist.all_gather_into_tensor(made, extremes.new_tensor([self.last_plan]), group=group)
-            self.check_plans(made.numpy(), group)
+            self.check_plans(made.tolist(), group)
 
-    def check_plans(self, last_plans: np.ndarray, group: dist.ProcessGroup) -> None:
+    def check_plans(self, last_plans: list[int], group: dist.ProcessGroup) -> None:
         """Check that all ranks made the same plan.
 
         Args:
-            last_plans: int64 [R], the digests they sent.
+            last_plans: [R], the digests they sent.
             group: these sources.
 
         Raises:
             RuntimeError: on all ranks alike; names the plans, who made which, and where.
         """
-        digests = last_plans.tolist()
-        if min(digests) == max(digests):
+        if min(last_plans) == max(last_plans):
             return
         ranks = dist.get_process_group_ranks(group)
+        made_by: dict[int, list[int]] = {}
+        for rank, plan in sorted(zip(ranks, last_plans, strict=True), key=lambda pair: pair[1]):
+            made_by.setdefault(plan, []).append(rank)
         made = "; ".join(
-            f"ranks {[rank for rank, each in zip(ranks, digests, strict=True) if each == digest]}: "
-            f"plan {digest & (2**64 - 1):016x}"
-            for digest in sorted(set(digests))
+            f"ranks {makers}: plan {plan & (2**64 - 1):016x}" for plan, makers in made_by.items()
         )
         raise RuntimeError(
             f"megatron_llep: ranks that share tokens planned differently in the {self._planned_in} "

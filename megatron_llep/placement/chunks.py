@@ -6,6 +6,8 @@ Letters: C chunks, N rows.
 import numpy as np
 import torch
 
+from megatron_llep.planner import compiled
+
 
 def list_rows(chunks: np.ndarray, device: torch.device) -> torch.Tensor:
     """The rows of chunks, one chunk after another, without a host sync.
@@ -17,10 +19,10 @@ def list_rows(chunks: np.ndarray, device: torch.device) -> torch.Tensor:
     Returns:
         int64 [N].
     """
+    if device.type == "cpu":
+        return torch.from_numpy(compiled("chunks.list_rows")(chunks))
     first, length = chunks
     num_rows, shift = int(length.sum()), first + length - length.cumsum()
-    if device.type == "cpu":
-        return torch.from_numpy(np.arange(num_rows) + shift.repeat(length))
     shift, length = to_device(np.stack((shift, length)), device)
     row = torch.arange(num_rows, device=device)
     return row.add_(shift.repeat_interleave(length, output_size=num_rows))

@@ -19,12 +19,12 @@ class Counted:
 
     counts: np.ndarray
     """int64 [R, E], tokens from each source to each expert."""
-    trainers: np.ndarray
-    """bool [R], which sources need gradients of their experts' weights."""
-    lenders: np.ndarray
-    """bool [R], which sources agree to lend in this forward."""
-    last_plans: np.ndarray
-    """int64 [R], digest of the plan that each source made before this count."""
+    trains: bool
+    """Whether some source needs gradients of its experts' weights."""
+    lends: bool
+    """Whether all sources agree to lend in this forward."""
+    last_plans: list[int]
+    """[R], digest of the plan that each source made before this count."""
 
 
 class CountTable:
@@ -77,15 +77,15 @@ class CountTable:
         """
         if self._copied is None:
             self._work.wait()
-            table = self._rows.cpu()
+            table = self._rows
         else:
             self._copied.synchronize()
             table = self._host
         rows = table.numpy().reshape(self._shape)
-        says = rows[:, -2]
+        says, last_plans = rows[:, -2:].T.tolist()
         return Counted(
-            counts=np.ascontiguousarray(rows[:, :-2]),
-            trainers=(says & _TRAINS) > 0,
-            lenders=(says & _LENDS) > 0,
-            last_plans=rows[:, -1],
+            counts=rows[:, :-2].copy(),
+            trains=any(each & _TRAINS for each in says),
+            lends=all(each & _LENDS for each in says),
+            last_plans=last_plans,
         )

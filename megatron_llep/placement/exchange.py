@@ -55,15 +55,14 @@ class TokenExchange:
             topology: likewise.
             device: of the tokens.
         """
-        chunks, sent, coming = list_exchange(plan, counts, source, order, topology, num_replicas)
-        tp, _, num_slots = coming.shape
-        per_rank = coming.sum(axis=2)
+        listed = list_exchange(plan, counts, source, order, topology, num_replicas)
+        chunks, sent, received, by_slot = listed
         return cls(
             chunks=chunks,
             sent=sent.tolist(),
-            received=per_rank[source % tp].tolist(),
-            gathered=per_rank.sum(axis=1).tolist(),
-            rows_per_source=coming.reshape(-1, num_slots),
+            received=received[source % len(received)].tolist(),
+            gathered=[sum(from_ranks) for from_ranks in received.tolist()],
+            rows_per_source=by_slot.reshape(-1, by_slot.shape[2]),
             device=device,
         )
 

@@ -26,7 +26,7 @@ import torch
 from megatron_llep.placement.counting import CountTable
 from megatron_llep.placement.exchange import TokenExchange
 from megatron_llep.placement.pairs import Pairs, Placement
-from megatron_llep.planner import Plan
+from megatron_llep.planner import Plan, load_per_rank
 
 if TYPE_CHECKING:
     from megatron_llep.lending.loan import WeightLoan
@@ -59,12 +59,10 @@ class Planned(Routed):
 
     counts: np.ndarray
     """int64 [R, D * E], tokens from each source to each replica of each expert."""
-    load_before: np.ndarray
-    """int64 [P], tokens on each rank under plain expert parallelism."""
     plan: Plan
     """For D * E experts, M of them native to each rank."""
-    trainers: np.ndarray
-    """bool [R], which sources need gradients of their experts' weights."""
+    trains: bool
+    """Whether some rank needs gradients of its experts' weights."""
     plan_seconds: float
     loan: "WeightLoan | None" = None
     """Of the experts that this rank lends and borrows; None where nothing is lent."""
@@ -72,9 +70,11 @@ class Planned(Routed):
     """To be called when tokens are on their way, before anything waits for them."""
 
     @property
-    def trains(self) -> bool:
-        """Whether some rank needs gradients of its experts' weights."""
-        return bool(self.trainers.any())
+    def load_before(self) -> np.ndarray:
+        """int64 [P], tokens on each rank under plain expert parallelism."""
+        E = self.routing_map.shape[1]
+        counts = self.counts.reshape(len(self.counts), -1, E)
+        return load_per_rank(counts.sum(axis=1), counts.shape[1], self.plan.num_ranks)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

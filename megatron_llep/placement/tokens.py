@@ -6,8 +6,8 @@ Letters: T tokens of this rank, E experts, N (token, expert) pairs of this rank,
 import numpy as np
 import torch
 
-from megatron_llep.placement.chunks import list_rows
 from megatron_llep.placement.pairs import Pairs, Placement
+from megatron_llep.planner import compiled
 
 
 def list_pairs(routing_map: torch.Tensor, size: int) -> Pairs:
@@ -38,13 +38,16 @@ def place_tokens(
         chunks: int64 [2, C] of a `TokenExchange`; lengths sum to the pairs in `routing_map`.
         pairs: from `list_pairs`, if they are listed already.
     """
-    num_pairs = int(chunks[1].sum())
+    num_experts = routing_map.shape[1]
+    num_pairs = sum(chunks[1].tolist())
     if pairs is None or len(pairs.pair_index) < num_pairs:
         pairs = list_pairs(routing_map, num_pairs)
-    num_experts = routing_map.shape[1]
     if routing_map.is_cuda:
         from megatron_llep.placement import kernel
 
         return kernel.place_pairs(pairs, chunks, num_experts)
-    pair_index = pairs.pair_index.index_select(0, list_rows(chunks, routing_map.device))
-    return Placement(token_index=pair_index // num_experts, pair_index=pair_index)
+    place = compiled("chunks.place_pairs")
+    token_index, pair_index = place(chunks, pairs.pair_index.numpy(), num_experts)
+    return Placement(
+        token_index=torch.from_numpy(token_index), pair_index=torch.from_numpy(pair_index)
+    )

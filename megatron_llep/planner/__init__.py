@@ -7,7 +7,7 @@ run is in `loops`, plain loops that `compile_planners` compiles; the first plan 
 """
 
 from megatron_llep.planner.assignment import ORDERS, list_exchange, receives, sends
-from megatron_llep.planner.compiled import compile_planners
+from megatron_llep.planner.compiled import compile_planners, compiled
 from megatron_llep.planner.make import PLANNERS, make_plan
 from megatron_llep.planner.plan import Plan, imbalance_of, plan_from_quota
 from megatron_llep.planner.replicas import load_per_rank, plan_over_replicas
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "Topology",
     "compile_planners",
+    "compiled",
     "imbalance_of",
     "list_exchange",
     "load_per_rank",

@@ -90,7 +90,7 @@ def list_exchange(
     order: str = "local_first",
     topology: Topology = ONE_NODE,
     num_replicas: int = 1,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """List what one source sends, as `sends` has it, and its rank receives, as `receives` has it.
 
     A *chunk* is the source's pairs of one (expert, holder). Of D replicas of an expert each counts
@@ -106,8 +106,8 @@ def list_exchange(
 
     Returns:
         int64 [2, C], first pair and length of each chunk that is not empty, by the slot it goes to;
-        pairs are ordered by expert, then replica. int64 [P], pairs to each rank. int64
-        [tp, P, M + S], pairs from each source for each slot of its rank.
+        pairs are ordered by expert, then replica. int64 [P], pairs to each rank. int64 [tp, P] and
+        [tp, P, M + S], pairs from each source, in all and for each slot of its rank.
 
     Raises:
         ValueError: unknown order, R is not a multiple of P, or P not one of `ranks_per_node`.

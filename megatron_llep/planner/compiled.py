@@ -20,32 +20,27 @@ READ, ROW, TABLE, INT, FLOAT, BOOL = range(6)
 """A C-contiguous table that is read; a row, and a table, that may be written to; and numbers."""
 
 FUNCTIONS = {
-    "plan.sum_up": (READ,),
-    "plan.give_tables": (ROW, ROW, TABLE, INT),
+    "planners.lp": (READ, INT, INT, BOOL, FLOAT, BOOL),
+    "planners.exact": (READ, INT, INT, BOOL, FLOAT, BOOL),
+    "planners.tolerant": (READ, INT, INT, BOOL, FLOAT, BOOL, FLOAT),
+    "planners.lla": (READ, INT, INT, BOOL, FLOAT, BOOL, FLOAT, INT),
     "plan.read_quotas": (READ,),
-    "exact.exact_moves": (ROW, ROW, INT, INT, BOOL, TABLE),
-    "lla.lla_moves": (ROW, ROW, INT, INT, BOOL, FLOAT, INT, TABLE),
-    "tolerant.tolerant_moves": (ROW, ROW, INT, INT, BOOL, FLOAT, TABLE),
     "assignment.count_sends": (READ, READ, READ, INT, INT, BOOL),
     "assignment.count_receives": (READ, READ, READ, INT, INT, BOOL),
     "exchange.list_exchange": (READ, READ, READ, READ, INT, INT, INT, BOOL),
+    "chunks.list_rows": (READ,),
+    "chunks.place_pairs": (READ, ROW, INT),
     "replicas.spread_tokens": (READ, ROW, INT, BOOL),
     "replicas.stay_in_row": (READ, INT),
     "replicas.keep_own_replicas": (READ, READ, READ, INT),
 }
-"""Those that may be asked for, and what they take; first what others call, to be kept as well."""
+"""Those that may be asked for, and what they take."""
 
-MOVES = {
-    "tolerant": ("tolerant.tolerant_moves",),
-    "exact": ("exact.exact_moves",),
-    "lla": ("lla.lla_moves",),
-    "lp": (),
-    "auto": ("exact.exact_moves", "tolerant.tolerant_moves"),
-}
-"""What each planner runs beside what all of them do."""
+OF_AUTO = ("lp", "exact", "tolerant")
+"""Planners that `auto` runs."""
 
 
-def compile_planners(planners: Iterable[str] = tuple(MOVES), *, replicas: bool = True) -> bool:
+def compile_planners(planners: Iterable[str] = (*OF_AUTO, "lla"), *, replicas: bool = True) -> bool:
     """Compile all that these planners run in a step, or load it: seconds, or part of one.
 
     `convert_model` and `with_llep` call it, so that no training step waits for it. What else is
@@ -58,8 +53,10 @@ def compile_planners(planners: Iterable[str] = tuple(MOVES), *, replicas: bool =
     Returns:
         Whether the next process finds the machine code.
     """
-    wanted = {"plan.sum_up", "plan.give_tables", "exchange.list_exchange"}
-    wanted = wanted.union(*(MOVES[planner] for planner in planners))
+    wanted = {"exchange.list_exchange", "chunks.list_rows", "chunks.place_pairs"}
+    for planner in planners:
+        run = OF_AUTO if planner == "auto" else (planner,)
+        wanted |= {f"planners.{each}" for each in run}
     if replicas:
         wanted |= {"plan.read_quotas", *(name for name in FUNCTIONS if "replicas." in name)}
     is_cached = [_compile(name)[1] for name in FUNCTIONS if name in wanted]

@@ -122,27 +122,24 @@ def plan_counts(
         topology: of the P ranks.
         falls_back: lend nothing if the largest load would not fall.
     """
-    loads, load, smallest, total, before = compiled("plan.sum_up")(counts)
+    P = len(counts)
+    options: dict[str, tuple[float, ...]] = {
+        "tolerant": (tolerance,),
+        "lla": (capacity_factor, min_tokens_per_gemm),
+    }
+    plan = compiled(f"planners.{planner}")
+    quota, foreign_experts, transfers, smallest, *loads = plan(
+        counts,
+        max_foreign,
+        topology.node_size(P),
+        topology.lend_across_nodes,
+        threshold,
+        falls_back,
+        *options.get(planner, ()),
+    )
     if smallest < 0:
         raise ValueError(f"counts must not be negative, the smallest is {smallest}")
-    P, num_moves = len(load), 0
-    moves = np.empty((P * max_foreign, 3), np.int64)
-    if (before * P / total if total else 1.0) >= threshold:
-        limits = max_foreign, topology.node_size(P), topology.lend_across_nodes
-        if planner == "tolerant":
-            find = compiled("tolerant.tolerant_moves")
-            num_moves = find(loads, load, *limits, tolerance, moves)
-        elif planner == "exact":
-            num_moves = compiled("exact.exact_moves")(loads, load, *limits, moves)
-        elif planner == "lla":
-            find = compiled("lla.lla_moves")
-            num_moves = find(loads, load, *limits, capacity_factor, min_tokens_per_gemm, moves)
-    give_tables = compiled("plan.give_tables")
-    quota, foreign_experts, transfers, after = give_tables(loads, load, moves, num_moves)
-    if falls_back and num_moves and after >= before:
-        quota, foreign_experts, transfers, _ = give_tables(loads, load, moves, 0)
-        after = before
-    return freeze_plan(quota, foreign_experts, transfers, total, before, after)
+    return freeze_plan(quota, foreign_experts, transfers, *loads)
 
 
 def default_threshold(planner: str, tolerance: float) -> float:

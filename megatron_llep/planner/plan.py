@@ -6,6 +6,7 @@ rank, S foreign slots per rank in this plan, n transfers.
 
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -63,6 +64,7 @@ class Plan:
         """[P] tokens per rank under this plan."""
         return self.quota.sum(axis=0)
 
+    @cached_property
     def digest(self) -> int:
         """64 bits, signed, of loads and loans: equal where plans are, and hardly ever else."""
         loads = self.quota.sum(axis=1)

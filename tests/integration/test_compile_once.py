@@ -81,7 +81,7 @@ with event.install_listener("numba:compile", compilations):
     plan = make_plan(counts)
     sends(plan, counts, 1), receives(plan, counts, 1)
     assert len(compilations.buffer) == before_step, "a step compiled"
-print(before_step > 0, plan.digest(), round(seconds, 2), round(time.process_time(), 2))
+print(before_step > 0, plan.digest, round(seconds, 2), round(time.process_time(), 2))
 dist.destroy_process_group()
 """
 

@@ -46,7 +46,7 @@ def placements(draw):
         imbalance_threshold=1.0,
     )
     source = draw(st.integers(0, D * P - 1))
-    chunks, _, _ = list_exchange(plan, counts, source, num_replicas=D)
+    chunks, *_ = list_exchange(plan, counts, source, num_replicas=D)
     return torch.from_numpy(maps[source]), chunks, draw(st.integers(0, 40))
 
 

@@ -54,9 +54,10 @@ def test_senders_and_receivers_agree(order, case):
             expected = sent[:, expert, rank] if expert >= 0 else 0
             np.testing.assert_array_equal(got[:, slot], np.broadcast_to(expected, len(counts)))
         for source in range(rank * tp, (rank + 1) * tp):
-            _, to_ranks, coming = list_exchange(plan, counts, source, order, topology)
+            _, to_ranks, received, coming = list_exchange(plan, counts, source, order, topology)
             np.testing.assert_array_equal(to_ranks, sent[source].sum(axis=0))
             np.testing.assert_array_equal(coming.swapaxes(0, 1).reshape(got.shape), got)
+            np.testing.assert_array_equal(received, coming.sum(axis=2))
 
 
 def crossing(sent, tp, group_size):

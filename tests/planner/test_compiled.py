@@ -27,7 +27,7 @@ for seed in range(3):
             counts, planner=planner, max_foreign=1 + seed % 2, imbalance_threshold=0.0,
             min_tokens_per_gemm=20, topology=Topology(ranks_per_node=2),
         )
-        found += [plan.quota.tolist(), plan.transfers.tolist(), plan.digest()]
+        found += [plan.quota.tolist(), plan.transfers.tolist(), plan.digest]
         found += [sends(plan, counts, 1).tolist(), receives(plan, counts, 2).tolist()]
         found += [each.tolist() for each in list_exchange(plan, counts, 3)]
     plan, spread = plan_over_replicas(counts, num_replicas=2, num_ranks=4, planner="exact")

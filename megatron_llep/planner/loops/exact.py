@@ -6,12 +6,12 @@ Shape letters: P ranks, E experts, M = E / P experts native to a rank.
 import numpy as np
 
 from megatron_llep.planner.loops.arrays import zeros
-from megatron_llep.planner.loops.jit import entry, helper
+from megatron_llep.planner.loops.jit import helper
 from megatron_llep.planner.loops.moves import set_move
 from megatron_llep.planner.loops.queue import insert, take
 
 
-@entry
+@helper
 def exact_moves(
     loads: np.ndarray,
     load: np.ndarray,

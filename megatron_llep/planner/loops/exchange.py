@@ -7,7 +7,8 @@ r belongs to rank r // tp. C chunks, a source's pairs of one (expert, holder).
 
 import numpy as np
 
-from megatron_llep.planner.loops.assignment import count_receives, give_out
+from megatron_llep.planner.loops.arrays import total_of, zero_table, zeros
+from megatron_llep.planner.loops.assignment import give_out
 from megatron_llep.planner.loops.jit import entry
 
 
@@ -21,7 +22,7 @@ def list_exchange(
     num_replicas: int,
     node_size: int,
     local_first: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Chunks by the slot they go to, rows to each rank, and rows that come.
 
     Args:
@@ -36,16 +37,17 @@ def list_exchange(
 
     Returns:
         [2, C] first pair, when pairs are ordered by expert, then replica, and length of each
-        chunk that is not empty; [P] pairs to each rank; [tp, P, M + S] pairs from each source for
-        each slot of its rank.
+        chunk that is not empty; [P] pairs to each rank; [tp, P] pairs from each source, in all and
+        [tp, P, M + S] for each slot of its rank.
     """
     R, E = counts.shape
     P, S = foreign_experts.shape
     M, tp = E // P, R // P
-    # Of lent experts: which row of `shares`, and there the pairs for each rank.
-    row_of, shares = np.full(E, -1), np.empty((len(transfers), P), np.int64)
-    num_lent = 0
-    from_sources = np.empty(R, np.int64)
+    # Of lent experts: which row of `shares`, the pairs for each rank, and of `coming`, those that
+    # this rank gets from each source.
+    row_of, num_lent = np.full(E, -1), 0
+    shares = np.empty((len(transfers), P), np.int64)
+    coming = np.empty((len(transfers), R), np.int64)
     for i in range(len(transfers)):
         expert = transfers[i, 0]
         if row_of[expert] < 0:
@@ -59,7 +61,7 @@ def list_exchange(
                 source,
                 source // tp,
                 shares[num_lent],
-                from_sources,
+                coming[num_lent],
             )
             num_lent += 1
     first, num_pairs = np.empty(E, np.int64), 0
@@ -67,7 +69,7 @@ def list_exchange(
         for expert in range(one, E, E // num_replicas):
             first[expert] = num_pairs
             num_pairs += counts[source, expert]
-    sent = np.zeros(P, np.int64)
+    sent = zeros(P)
     chunks, C = np.empty((2, E + len(transfers)), np.int64), 0
     for rank in range(P):
         for slot in range(M + S):
@@ -82,11 +84,18 @@ def list_exchange(
                 first[expert] += pairs
                 sent[rank] += pairs
                 C += 1
-    assert sent.sum() == num_pairs, (
+    assert total_of(sent) == num_pairs, (
         "the plan sends tokens to a rank that does not hold their expert"
     )
-    arriving = count_receives(counts, quota, foreign_experts, source // tp, node_size, local_first)
-    received = np.empty((tp, P, M + S), np.int64)
-    for r in range(R):
-        received[r % tp, r // tp] = arriving[r]
-    return chunks[:, :C].copy(), sent, received
+    received, by_slot = zero_table(tp, P), np.empty((tp, P, M + S), np.int64)
+    own = source // tp
+    for slot in range(M + S):
+        expert = own * M + slot if slot < M else foreign_experts[own, slot - M]
+        for r in range(R):
+            pairs = 0
+            if expert >= 0:
+                row = row_of[expert]
+                pairs = counts[r, expert] if row < 0 else coming[row, r]
+            by_slot[r % tp, r // tp, slot] = pairs
+            received[r % tp, r // tp] += pairs
+    return chunks[:, :C].copy(), sent, received, by_slot

@@ -12,13 +12,13 @@ from megatron_llep.planner.loops.moves import new_moves, set_move
 from megatron_llep.planner.loops.queue import insert
 
 
-@entry
-def sum_up(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int, int]:
+@helper
+def sum_up(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """Loads of experts and ranks, from counts int64 [P, E].
 
     Returns:
         Tokens of each expert [E], and of each rank under plain expert parallelism [P]; the
-        smallest count, all tokens, and the largest load of a rank.
+        smallest count.
     """
     P, E = counts.shape
     loads, load = zeros(E), zeros(P)
@@ -30,25 +30,25 @@ def sum_up(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int, int]:
             smallest = min(smallest, tokens)
     for expert in range(E):
         load[expert // (E // P)] += loads[expert]
-    return loads, load, smallest, total_of(load), largest_of(load)
+    return loads, load, smallest
 
 
-@entry
+@helper
 def give_tables(
-    loads: np.ndarray, load: np.ndarray, moves: np.ndarray, n: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    loads: np.ndarray, P: int, moves: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The tables of a plan, from its moves.
 
     Args:
         loads: int64 [E] tokens per expert.
-        load: int64 [P] tokens per rank after the moves.
+        P: ranks.
         moves: int64 [any, 3], at most one for an expert and a borrower.
         n: how many there are.
 
     Returns:
-        quota [E, P], foreign_experts [P, S] and transfers [n, 3] as in `Plan`; the largest load.
+        quota [E, P], foreign_experts [P, S] and transfers [n, 3] as in `Plan`.
     """
-    E, P = len(loads), len(load)
+    E = len(loads)
     M = E // P
     quota = zero_table(E, P)
     for expert in range(E):
@@ -58,7 +58,7 @@ def give_tables(
         quota[expert, expert // M] -= tokens
         quota[expert, borrower] += tokens
     foreign_experts, transfers = give_slots(E, P, moves, n)
-    return quota, foreign_experts, transfers, largest_of(load)
+    return quota, foreign_experts, transfers
 
 
 @helper

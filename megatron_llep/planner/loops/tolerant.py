@@ -12,7 +12,7 @@ from megatron_llep.planner.loops.moves import new_moves, set_move
 from megatron_llep.planner.loops.queue import NO_KEY, find, insert, take
 
 
-@entry
+@helper
 def tolerant_moves(
     loads: np.ndarray,
     load: np.ndarray,

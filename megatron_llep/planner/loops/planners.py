@@ -1,0 +1,122 @@
+"""The planners, by name: from counts to all tables of a plan.
+
+Shape letters: P ranks, E experts, S foreign slots per rank, n transfers.
+
+All take:
+    counts: int64 [P, E] tokens of each rank for each expert.
+    max_foreign: most foreign experts per rank, 0 .. E / P.
+    node_size: ranks on a node; divides P.
+    lends_across: whether experts may be lent to other nodes.
+    threshold: the imbalance below which nothing is lent.
+    falls_back: whether to lend nothing if the largest load would not fall.
+
+All return quota [E, P], foreign_experts [P, S] and transfers [n, 3] as in `Plan`; the smallest
+count, and where that is negative nothing else has a meaning; all tokens; the largest load of a rank
+before and after.
+"""
+
+import numpy as np
+
+from megatron_llep.planner.loops.arrays import largest_of, total_of
+from megatron_llep.planner.loops.exact import exact_moves
+from megatron_llep.planner.loops.jit import entry, helper
+from megatron_llep.planner.loops.lla import lla_moves
+from megatron_llep.planner.loops.moves import new_moves
+from megatron_llep.planner.loops.plan import give_tables, sum_up
+from megatron_llep.planner.loops.tolerant import tolerant_moves
+
+Tables = tuple[np.ndarray, np.ndarray, np.ndarray, int, int, int, int]
+
+
+@entry
+def tolerant(
+    counts: np.ndarray,
+    max_foreign: int,
+    node_size: int,
+    lends_across: bool,
+    threshold: float,
+    falls_back: bool,
+    tolerance: float,
+) -> Tables:
+    """With `tolerant_moves`."""
+    loads, load, smallest = sum_up(counts)
+    moves, before, n = new_moves(len(load) * max_foreign), largest_of(load), 0
+    if smallest >= 0 and is_uneven(load, threshold):
+        n = tolerant_moves(loads, load, max_foreign, node_size, lends_across, tolerance, moves)
+    return finish(loads, load, smallest, before, moves, n, falls_back)
+
+
+@entry
+def exact(
+    counts: np.ndarray,
+    max_foreign: int,
+    node_size: int,
+    lends_across: bool,
+    threshold: float,
+    falls_back: bool,
+) -> Tables:
+    """With `exact_moves`."""
+    loads, load, smallest = sum_up(counts)
+    moves, before, n = new_moves(len(load) * max_foreign), largest_of(load), 0
+    if smallest >= 0 and is_uneven(load, threshold):
+        n = exact_moves(loads, load, max_foreign, node_size, lends_across, moves)
+    return finish(loads, load, smallest, before, moves, n, falls_back)
+
+
+@entry
+def lla(
+    counts: np.ndarray,
+    max_foreign: int,
+    node_size: int,
+    lends_across: bool,
+    threshold: float,
+    falls_back: bool,
+    capacity_factor: float,
+    min_tokens_per_gemm: int,
+) -> Tables:
+    """With `lla_moves`."""
+    loads, load, smallest = sum_up(counts)
+    moves, before, n = new_moves(len(load) * max_foreign), largest_of(load), 0
+    if smallest >= 0 and is_uneven(load, threshold):
+        limits = max_foreign, node_size, lends_across
+        n = lla_moves(loads, load, *limits, capacity_factor, min_tokens_per_gemm, moves)
+    return finish(loads, load, smallest, before, moves, n, falls_back)
+
+
+@entry
+def lp(
+    counts: np.ndarray,
+    max_foreign: int,
+    node_size: int,
+    lends_across: bool,
+    threshold: float,
+    falls_back: bool,
+) -> Tables:
+    """Lends nothing."""
+    loads, load, smallest = sum_up(counts)
+    return finish(loads, load, smallest, largest_of(load), new_moves(0 * node_size), 0, falls_back)
+
+
+@helper
+def is_uneven(load: np.ndarray, threshold: float) -> bool:
+    """Whether the imbalance of loads [P] reaches the threshold."""
+    total = total_of(load)
+    return (largest_of(load) * len(load) / total if total else 1.0) >= threshold
+
+
+@helper
+def finish(
+    loads: np.ndarray,
+    load: np.ndarray,
+    smallest: int,
+    before: int,
+    moves: np.ndarray,
+    n: int,
+    falls_back: bool,
+) -> Tables:
+    """What a planner returns, after n moves."""
+    after = largest_of(load)
+    if falls_back and after >= before:
+        n, after = 0 * n, before
+    quota, foreign_experts, transfers = give_tables(loads, len(load), moves, n)
+    return quota, foreign_experts, transfers, smallest, total_of(loads), before, after
