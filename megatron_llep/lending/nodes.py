@@ -157,7 +157,7 @@ class _HoldGrads(torch.autograd.Function):
         ctx, loan: WeightLoan | None, held: Sequence[int], hidden: torch.Tensor, *others
     ) -> torch.Tensor:
         ctx.loan, ctx.held, ctx.num_others = loan, held, len(others)
-        return hidden.view_as(hidden)
+        return hidden
 
     @staticmethod
     def backward(ctx, grad_hidden):
@@ -185,7 +185,7 @@ class _PutOff(torch.autograd.Function):
         ctx, loan: WeightLoan, later: deque[WeightLoan], hidden: torch.Tensor, *anchors
     ) -> torch.Tensor:
         ctx.loan, ctx.later, ctx.num_anchors = loan, later, len(anchors)
-        return hidden.view_as(hidden)
+        return hidden
 
     @staticmethod
     def backward(ctx, grad_hidden):
@@ -202,7 +202,7 @@ class _Lend(torch.autograd.Function):
         foreign = [weight for expert in loan.hand_out() for weight in expert]
         if not loan.returns:
             ctx.mark_non_differentiable(*foreign)
-        return (hidden.view_as(hidden), *foreign)
+        return (hidden, *foreign)
 
     @staticmethod
     def backward(ctx, grad_hidden, *grad_foreign):

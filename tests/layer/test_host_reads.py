@@ -65,9 +65,11 @@ def test_one_read_a_forward(layout, config, foreign_weights, forwards):
             assert planned[-1].plan.max_foreign > 0
             return reads.found, reads.collectives.count("_allgather_base_")
 
-    for found, gathers in run_ranks(work, layout.world_size):
+    for reads, gathers in run_ranks(work, layout.world_size):
+        # Where a kernel places pairs on a GPU, loops of the host do on a CPU.
+        found = [each for each in reads if "/placement/tokens.py" not in each]
         assert len(found) == forwards, found
-        assert all(re.search(r"cpu at .*/counting\.py:\d+", each) for each in found), found
+        assert all(re.search(r"numpy at .*/counting\.py:\d+", each) for each in found), found
         if layout.tp == 1:  # else the experts' input is gathered too
             assert gathers == forwards, "counts are gathered more than once"
 
