@@ -8,6 +8,7 @@ LLEP's to the same console line, TensorBoard writer and wandb run.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Literal
 
 import numpy as np
@@ -97,6 +98,7 @@ METRICS = (
     Metric(name="plan_ms", help="time to plan, ms; sum over layers", across_layers=np.sum),
 )
 PREFIX = "moe/llep/"
+_MAXIMA = {metric.name for metric in METRICS if metric.over_micro_batches == "max"}
 
 
 class LLEPMetricsTracker(MoEMetricsTracker):
@@ -107,7 +109,7 @@ class LLEPMetricsTracker(MoEMetricsTracker):
         self._metrics = metrics or {}
         # Of this rank, by layer of the whole model, from 0.
         self._plans: dict[int, int] = {}
-        self._recorded: dict[int, dict[str, np.ndarray]] = {}
+        self._recorded: dict[int, dict[str, list[float]]] = {}
         self._sharers: dist.ProcessGroup | None = None
         self.told: set[str] = set()
         """What a user was told at start-up. Megatron keeps the tracker as long as the process."""
@@ -116,23 +118,23 @@ class LLEPMetricsTracker(MoEMetricsTracker):
         """Add one plan's metrics; `layer` counts from 0 over the whole model."""
         self._plans[layer] = self._plans.get(layer, 0) + 1
         for name, value in values.items():
-            self._add(layer, name, np.array([value], dtype=np.float64))
+            self._add(layer, name, [value])
 
     def record_exchange(
         self, layer: int, sent: int, received: int, group: dist.ProcessGroup
     ) -> None:
         """Add the bytes of one exchange of lent experts among the ranks of the group."""
-        self._add(layer, "lent_link_mib", np.array([sent, received]) / 2**20)
+        self._add(layer, "lent_link_mib", [sent / 2**20, received / 2**20])
         self._sharers = group
 
     def read_layer(self, layer: int) -> dict[str, float]:
         """A layer's metrics on this rank, over its micro-batches."""
         values = {}
         for metric in METRICS:
-            value = self._recorded[layer].get(metric.name, np.zeros(1))
+            value = max(self._recorded[layer].get(metric.name, [0.0]))  # of both ways of a link
             if metric.over_micro_batches == "mean":
-                value = value / self._plans[layer]
-            values[metric.name] = float(value.max())  # of both ways of a link
+                value /= self._plans[layer]
+            values[metric.name] = value
         return values
 
     def report(self, loss_scale, iteration, writer=None, wandb_writer=None, **kwargs) -> str:
@@ -159,11 +161,12 @@ class LLEPMetricsTracker(MoEMetricsTracker):
         self._plans.clear()
         self._recorded.clear()
 
-    def _add(self, layer: int, name: str, value: np.ndarray) -> None:
+    def _add(self, layer: int, name: str, values: list[float]) -> None:
         recorded = self._recorded.setdefault(layer, {})
-        metric = next(metric for metric in METRICS if metric.name == name)
-        join = np.maximum if metric.over_micro_batches == "max" else np.add
-        recorded[name] = join(recorded.get(name, np.zeros_like(value)), value)
+        if name in recorded:
+            join = max if name in _MAXIMA else add
+            values = list(map(join, recorded[name], values))
+        recorded[name] = values
 
     def _reduce(self, pg_collection: ProcessGroupCollection | None) -> np.ndarray:
         """[1 + K, L] of all ranks: whether there were plans in a layer, then the metrics.
@@ -227,16 +230,20 @@ def record_plan(
     tracker = get_moe_metrics_tracker()
     if not isinstance(tracker, LLEPMetricsTracker):
         return
-    lent = len(plan.transfers)
+    lent, before, after = (
+        len(plan.transfers),
+        load_before.tolist(),
+        plan.load_per_rank_after.tolist(),
+    )
     values = {
-        "overload_factor_before": imbalance_of(load_before.tolist()),
+        "overload_factor_before": imbalance_of(before),
         "overload_factor_after": plan.imbalance_after,
-        "max_tokens_before": load_before.max(),
-        "max_tokens_after": plan.load_per_rank_after.max(),
+        "max_tokens_before": max(before),
+        "max_tokens_after": max(after),
         "lent_experts": lent,
         "lent_mib": lent * expert_bytes / 2**20,
         "foreign_mib": foreign_bytes / 2**20,
-        "fallback_rate": np.array_equal(plan.load_per_rank_after, load_before),
+        "fallback_rate": float(after == before),
         "plan_ms": plan_seconds * 1e3,
     }
     tracker.record_layer(layer_number - 1 + is_mtp_layer * config.num_layers, values)

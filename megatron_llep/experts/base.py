@@ -72,9 +72,14 @@ class LendableExperts(ABC):
         """
         return [
             partial(hook, submodule, ())
-            for submodule in self.module.modules()
+            for submodule in self._submodules
             for hook in find_gather_hooks(submodule)
         ]
+
+    @cached_property
+    def _submodules(self) -> list[torch.nn.Module]:
+        """Of the experts; listing them in each forward would take as long as a plan."""
+        return list(self.module.modules())
 
     @abstractmethod
     def weights(self) -> list[Weights]:
