@@ -146,7 +146,7 @@ class LoanExchanges:
         self, exchange: Exchange, outgoing: torch.Tensor, incoming: torch.Tensor
     ) -> dist.Work:
         """Start one all-to-all."""
-        num_ranks = dist.get_world_size(self._group)
+        num_ranks = self._group.size()
         self._note_bytes(outgoing.nbytes, incoming.nbytes)
         return dist.all_to_all_single(
             incoming,

@@ -16,7 +16,7 @@ borrowers, 4/3 W for three, about k W for many), less one more exchange's latenc
 total the same number of bytes crosses.
 """
 
-import numpy as np
+from typing import Any
 
 SCATTER_FROM = 3
 """For two borrowers the saving is small: a second exchange, in which every rank of the group takes
@@ -26,8 +26,8 @@ ALIGNMENT = 64
 """Shards begin at a multiple of so many numbers, as GPUs copy and send aligned data faster."""
 
 
-def travel_in_shards(num_borrowers: np.ndarray, scatter_from: int) -> np.ndarray:
-    """Which of the experts [E], by their borrowers, go in shards; 0 for `scatter_from`: none."""
+def travel_in_shards(num_borrowers: Any, scatter_from: int) -> Any:
+    """Whether experts of so many borrowers, a number or an array, go in shards; 0: none do."""
     return (num_borrowers >= scatter_from) & (scatter_from > 0)
 
 

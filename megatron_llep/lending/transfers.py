@@ -5,12 +5,11 @@ gradients or units in its parcel (see `lending.parcel`). The same plan at anothe
 pieces in the same order, cut elsewhere.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
-
-import numpy as np
 
 from megatron_llep.lending.fan_out import cut_shards, travel_in_shards
 from megatron_llep.planner import Plan
@@ -66,34 +65,34 @@ class RankTransfers:
             width: W.
             scatter_from: borrowers from which on an expert goes in shards; 0: none does.
         """
-        expert, home, borrower = plan.transfers.T
+        transfers = plan.transfers.tolist()
         in_shards = _find_in_shards(plan, scatter_from)
 
         @cache
         def shards_of(e: int) -> dict[int, tuple[int, int]]:
             """What its home sends of expert e, from and to, to each of its borrowers."""
-            borrowers = borrower[expert == e].tolist()
+            borrowers = [borrower for expert, _, borrower in transfers if expert == e]
             cuts = cut_shards(width, len(borrowers))
             return dict(zip(borrowers, pairwise(cuts), strict=True))
 
         def part_of(e: int, holder: int) -> tuple[int, int]:
-            return shards_of(e)[holder] if in_shards[e] else (0, width)
+            return shards_of(e)[holder] if e in in_shards else (0, width)
 
-        out = plan.transfers[home == rank].tolist()
-        into = plan.transfers[borrower == rank].tolist()
+        out = [(e, borrower) for e, home, borrower in transfers if home == rank]
+        into = [(e, home) for e, home, borrower in transfers if borrower == rank]
         first_native = rank * plan.experts_per_rank
         first = Exchange(
-            sends=tuple(Piece(to, e - first_native, *part_of(e, to)) for e, _, to in out),
+            sends=tuple(Piece(to, e - first_native, *part_of(e, to)) for e, to in out),
             receives=tuple(
-                Piece(source, slot, *part_of(e, rank)) for slot, (e, source, _) in enumerate(into)
+                Piece(source, slot, *part_of(e, rank)) for slot, (e, source) in enumerate(into)
             ),
         )
-        if not in_shards.any():
+        if not in_shards:
             return cls(exchanges=(first,), num_foreign=len(into))
         shared = sorted(
             (peer, slot, e)
-            for slot, (e, _, _) in enumerate(into)
-            if in_shards[e]
+            for slot, (e, _) in enumerate(into)
+            if e in in_shards
             for peer in shards_of(e)
             if peer != rank
         )
@@ -112,9 +111,10 @@ def find_lent(plan: Plan, rank: int) -> list[int]:
 
 def has_shards(plan: Plan, scatter_from: int) -> bool:
     """Whether some expert goes in shards, so that there is a second exchange, for all ranks."""
-    return bool(_find_in_shards(plan, scatter_from).any())
+    return bool(_find_in_shards(plan, scatter_from))
 
 
-def _find_in_shards(plan: Plan, scatter_from: int) -> np.ndarray:
-    """bool, by expert as far as the last one that is lent: which go in shards."""
-    return travel_in_shards(np.bincount(plan.transfers[:, 0], minlength=1), scatter_from)
+def _find_in_shards(plan: Plan, scatter_from: int) -> set[int]:
+    """Experts that go in shards."""
+    num_borrowers = Counter(plan.transfers[:, 0].tolist())
+    return {e for e, number in num_borrowers.items() if travel_in_shards(number, scatter_from)}
