@@ -63,7 +63,8 @@ processor: what other processes do on a busy machine is left out, but for the ca
   order    places of tokens; rows are gathered
   rest     of all: checks, records, autograd nodes
   lend     not of all, as tokens are on their way: buffers, packing, the weights' all-to-all
-  layer    forward and backward, router included"""
+  layer    forward and backward, router included
+  backward of it: from the output's gradient to that of the layer's input"""
 
 
 def measure(
@@ -127,9 +128,15 @@ def _time(lending: Any, plain: Any, rounds: int) -> dict[str, Any]:
             span = HostSpan(layers[name].module.token_dispatcher, CLOCK)
             parts.clear()
             start = CLOCK()
-            layers[name].run()
-            layer = CLOCK() - start
-            found = {f"{name}_all_us": span.taken[0] * 1e6, f"{name}_layer_ms": layer * 1e3}
+            output = layers[name].run_forward()
+            middle = CLOCK()
+            layers[name].run_backward(output)
+            end = CLOCK()
+            found = {
+                f"{name}_all_us": span.taken[0] * 1e6,
+                f"{name}_layer_ms": (end - start) * 1e3,
+                f"{name}_backward_ms": (end - middle) * 1e3,
+            }
             if name == "llep":
                 parts["order"] -= parts["list"]
                 found |= {f"{part}_us": parts[part] * 1e6 for part in (*PARTS, BEHIND)}
@@ -175,15 +182,18 @@ def format_tables(rows: list[dict[str, Any]]) -> str:
     """The spans, then the whole layer."""
     head = ["P", "E", "experts", "workload", "lent"]
     spans = [[*head, *PARTS, "rest", "all us", "plain's", "difference", BEHIND]]
-    layers = [[*head, "layer ms", "plain's", "ratio"]]
+    layers = [[*head, "layer ms", "plain's", "ratio", "backward ms", "plain's", "ratio"]]
     for row in rows:
         case = [row[key] for key in ("ranks", "num_experts", "experts", "workload", "lent")]
         both = [row["llep_all_us"], row["plain_all_us"]]
         us = [*(row[f"{part}_us"] for part in (*PARTS, "rest")), *both, both[0] - both[1]]
         us.append(row[f"{BEHIND}_us"])
         spans.append([*case, *(f"{each:.0f}" for each in us)])
-        ms = [row["llep_layer_ms"], row["plain_layer_ms"]]
-        layers.append([*case, *(f"{each:.2f}" for each in (*ms, ms[0] / ms[1]))])
+        times = []
+        for part in ("layer", "backward"):
+            ms = [row[f"llep_{part}_ms"], row[f"plain_{part}_ms"]]
+            times += [*ms, ms[0] / ms[1]]
+        layers.append([*case, *(f"{each:.2f}" for each in times)])
     return "\n\n".join(format_table(table, ">><<>") for table in (spans, layers))
 
 

@@ -54,10 +54,18 @@ class BenchLayer:
 
     def run(self) -> torch.Tensor:
         """Forward and backward; returns the output [T, 1, h]."""
-        output, _ = self.module(self._hidden)
+        output = self.run_forward()
+        self.run_backward(output)
+        return output.detach()
+
+    def run_forward(self) -> torch.Tensor:
+        """The output [T, 1, h], to go backward from."""
+        return self.module(self._hidden)[0]
+
+    def run_backward(self, output: torch.Tensor) -> None:
+        """From the output of `run_forward`."""
         output.backward(self._grad)
         self._hidden.grad = None
-        return output.detach()
 
     def share_experts(self, other: "BenchLayer") -> None:
         """Compute with the very experts of another layer from now on."""

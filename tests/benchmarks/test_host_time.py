@@ -42,6 +42,8 @@ def test_a_short_run(tmp_path):
         # Each is a median by itself, so their sum is not exactly the whole.
         assert row["llep_all_us"] > max(row["plan_us"], row["list_us"], row["order_us"])
         assert 0 < row["plain_all_us"] < 1e3 * row["plain_layer_ms"]
+        for layer in ("llep", "plain"):
+            assert 0 < row[f"{layer}_backward_ms"] < row[f"{layer}_layer_ms"]
     table = [line.split() for line in printed if line.split()[:2] == ["8", "32"]]
     assert len(table) == 2 * len(rows), "spans, then whole layers"
     assert float(table[0][-3]) == pytest.approx(rows[0]["plain_all_us"], abs=0.51)
