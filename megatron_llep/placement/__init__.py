@@ -12,7 +12,8 @@ no sort over tokens is needed.
     order_by_slot  plan -> order of the rows that arrive
     split_by_slot  rows that arrived -> rows by slot, and join_by_source back
 
-On GPUs what handles pairs one by one and sums rows is Triton kernels; all else is torch operators.
+What handles pairs one by one is Triton kernels on GPUs, where they also sum rows, and loops of
+`planner.loops` on a CPU; all else is torch operators.
 """
 
 from megatron_llep.placement.arrivals import join_by_source, order_by_slot, split_by_slot

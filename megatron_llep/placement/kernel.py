@@ -1,4 +1,4 @@
-"""Placement on a GPU: Triton kernels that give what torch's version in `tokens.py` gives.
+"""Placement on a GPU: Triton kernels that give what `tokens.py` gives on a CPU.
 
 Letters: T tokens of this rank, E experts, H hidden size, N (token, expert) pairs of this rank,
 C chunks.

@@ -1,4 +1,4 @@
-"""Which (token, expert) pair goes where in the order of sending: torch's version, for the CPU.
+"""Which (token, expert) pair goes where in the order of sending: on the CPU.
 
 Letters: T tokens of this rank, E experts, N (token, expert) pairs of this rank, C chunks.
 """
