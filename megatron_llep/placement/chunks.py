@@ -20,7 +20,7 @@ def list_rows(chunks: np.ndarray, device: torch.device) -> torch.Tensor:
         int64 [N].
     """
     if device.type == "cpu":
-        return torch.from_numpy(compiled("chunks.list_rows")(chunks))
+        return torch.from_numpy(compiled("chunks.list_rows")(np.ascontiguousarray(chunks)))
     first, length = chunks
     num_rows, shift = int(length.sum()), first + length - length.cumsum()
     shift, length = to_device(np.stack((shift, length)), device)

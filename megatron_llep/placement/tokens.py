@@ -47,7 +47,9 @@ def place_tokens(
 
         return kernel.place_pairs(pairs, chunks, num_experts)
     place = compiled("chunks.place_pairs")
-    token_index, pair_index = place(chunks, pairs.pair_index.numpy(), num_experts)
+    token_index, pair_index = place(
+        np.ascontiguousarray(chunks), pairs.pair_index.numpy(), num_experts
+    )
     return Placement(
         token_index=torch.from_numpy(token_index), pair_index=torch.from_numpy(pair_index)
     )

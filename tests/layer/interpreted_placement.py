@@ -75,7 +75,7 @@ def test_chunks_of_no_pair_and_any_order(lengths, seed):
     routing_map = torch.ones(T, E, dtype=torch.bool)
     lengths = np.append(lengths, T * E - lengths.sum())
     chunks = np.stack((lengths.cumsum() - lengths, lengths))
-    chunks = np.ascontiguousarray(chunks[:, generator.permutation(len(lengths))])
+    chunks = chunks[:, generator.permutation(len(lengths))]
     assert has_indices(place(routing_map, chunks), place_tokens(routing_map, chunks), T)
 
 
