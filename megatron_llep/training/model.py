@@ -5,6 +5,7 @@ from functools import partial
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.base import ModelConfig
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_llep.config import LLEPConfig
@@ -14,17 +15,18 @@ from megatron_llep.integration.settings.notices import Notices
 from megatron_llep.integration.settings.table import replace_in_loop
 from megatron_llep.lending.progress import Progress
 from megatron_llep.training.arguments import say_what_runs
+from megatron_llep.training.hybrid import build_hybrid_config
 
 
-def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> GPTModelConfig:
+def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> ModelConfig:
     """Megatron's model configuration; its hook converts the MoE layers before DDP wraps them.
 
-    The layers tell `progress` where this rank is.
+    Of a hybrid model where `--hybrid-layer-pattern` is given, else of a GPT model. The layers tell
+    `progress` where this rank is.
     """
     what_runs, replaced = say_what_runs(args, llep)
-    config = gpt_config_from_args(what_runs)
-    if config.transformer_layer_spec is None and config.transformer.transformer_impl == "local":
-        config.transformer_layer_spec = _local_layers
+    is_hybrid = args.hybrid_layer_pattern is not None
+    config = build_hybrid_config(what_runs) if is_hybrid else _build_gpt_config(what_runs)
     notices = Notices()
     notices.add(replaced)
     if llep.enabled and args.expert_model_parallel_size > 1:
@@ -32,6 +34,13 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
     config.pre_wrap_hooks.append(
         partial(convert_model, config=llep, progress=progress, notices=notices)
     )
+    return config
+
+
+def _build_gpt_config(args: Namespace) -> GPTModelConfig:
+    config = gpt_config_from_args(args)
+    if config.transformer_layer_spec is None and config.transformer.transformer_impl == "local":
+        config.transformer_layer_spec = _local_layers
     return config
 
 
