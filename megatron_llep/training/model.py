@@ -16,6 +16,7 @@ from megatron_llep.integration.settings.table import replace_in_loop
 from megatron_llep.lending.progress import Progress
 from megatron_llep.training.arguments import say_what_runs
 from megatron_llep.training.hybrid import build_hybrid_config
+from megatron_llep.training.routing_trace import trace_hook
 
 
 def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> ModelConfig:
@@ -27,6 +28,8 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
     what_runs, replaced = say_what_runs(args, llep)
     is_hybrid = args.hybrid_layer_pattern is not None
     config = build_hybrid_config(what_runs) if is_hybrid else _build_gpt_config(what_runs)
+    if args.moe_routing_trace_path:
+        config.pre_wrap_hooks.append(trace_hook(args))
     notices = Notices()
     notices.add(replaced)
     if llep.enabled and args.expert_model_parallel_size > 1:
