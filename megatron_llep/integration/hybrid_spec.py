@@ -45,9 +45,7 @@ class LocalHybridStack(HybridStack):
         post_process: bool = True,
         **kwargs: Any,
     ):
-        super().__init__(
-            config, *args, post_layer_norm=False, post_process=post_process, **kwargs
-        )
+        super().__init__(config, *args, post_layer_norm=False, post_process=post_process, **kwargs)
         self.post_layer_norm = post_layer_norm
         if post_layer_norm and post_process:
             self.final_norm: torch.nn.Module = build_norm(
