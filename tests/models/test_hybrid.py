@@ -82,7 +82,7 @@ def test_virtual_stages():
     ids=str,
 )
 def test_long_layouts(pattern, layout):
-    compare_all({pattern: case(pattern, layout)}, timeout=500)
+    compare_all({pattern: case(pattern, layout, micro_batches=8)}, timeout=500)
 
 
 def test_is_the_gpt_model_of_the_same_weights():
