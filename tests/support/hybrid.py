@@ -37,7 +37,7 @@ def hybrid_run(pattern: str, *, as_gpt: bool = False, **run: Any) -> Run:
         "is_hybrid_model": True,
     }
     config |= run.pop("config", {})
-    return Run(config=config, build=partial(_build, pattern, as_gpt), **run)
+    return Run(config=config, build=partial(build_hybrid, pattern, as_gpt), **run)
 
 
 def name_in_gpt(name: str) -> str:
@@ -48,14 +48,14 @@ def name_in_gpt(name: str) -> str:
     return _LAYER.sub(lambda found: f"layers.{int(found[1]) // 2}.", name, count=1)
 
 
-def _build(
+def build_hybrid(
     pattern: str,
     as_gpt: bool,
     config: TransformerConfig,
     run: Run,
     transform_spec: Callable[[Any], Any] | None = None,
 ) -> Chunks:
-    """This rank's model chunks, filled."""
+    """This rank's model chunks, filled: after its first two arguments `Run.build`."""
     chunks: Chunks = []
     for stage in range(run.layout.vpp or 1):
         vp_stage = stage if run.layout.vpp else None
