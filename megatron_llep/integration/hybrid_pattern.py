@@ -7,20 +7,20 @@ import importlib.util
 from argparse import Namespace
 from collections.abc import Iterator
 
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
-
 _FLAG = "--hybrid-layer-pattern"
+_EXPERTS, _SPARSE_ATTENTION, _PIPE = "E", "D", "|"
 # Of symbols whose kernels are no part of Megatron: what the layer is, and its package.
 _PACKAGES = {
-    Symbols.MAMBA: ("Mamba", "mamba_ssm", "mamba-ssm"),
-    Symbols.GDN: ("a gated delta net", "fla", "flash-linear-attention"),
+    "M": ("Mamba", "mamba_ssm", "mamba-ssm"),
+    "G": ("a gated delta net", "fla", "flash-linear-attention"),
 }
 _FIRST, _LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
 
 
 def read_pattern(args: Namespace) -> str | None:
     """The pattern, also under Megatron's older flag; None of a GPT model."""
-    return args.hybrid_layer_pattern or args.hybrid_override_pattern
+    flags = ("hybrid_layer_pattern", "hybrid_override_pattern")
+    return next((value for flag in flags if (value := getattr(args, flag, None))), None)
 
 
 def refuse_pattern(args: Namespace) -> Iterator[str]:
@@ -32,22 +32,25 @@ def refuse_pattern(args: Namespace) -> Iterator[str]:
     pattern = read_pattern(args)
     if pattern is None:
         return
+    # Of Megatron's modules that are for these models alone.
+    from megatron.core.models.hybrid.hybrid_layer_allocation import parse_hybrid_pattern
+
     what = f"{_FLAG} {pattern}"
     try:
         parsed = parse_hybrid_pattern(pattern)
     except ValueError as error:
         yield f"{what}: {error}"
         return
-    segments = (parsed.main_pattern or "").split(Symbols.PIPE)
+    segments = (parsed.main_pattern or "").split(_PIPE)
     layers = "".join(segments) + (parsed.mtp_pattern or "")
     if not any(segments):
         yield f"{what}: it names no layer; give one symbol a layer, such as *E*E"
     yield from _refuse_segments(args, what, segments)
-    if Symbols.MOE in layers and not args.num_experts:
-        yield f"{what}: {Symbols.MOE} is a layer of experts; set --num-experts, or leave it out"
-    if args.moe_llep and Symbols.MOE not in layers:
+    if _EXPERTS in layers and not args.num_experts:
+        yield f"{what}: {_EXPERTS} is a layer of experts; set --num-experts, or leave it out"
+    if args.moe_llep and _EXPERTS not in layers:
         yield (
-            f"{what}: no layer has experts, so there is nothing to lend; write {Symbols.MOE} where "
+            f"{what}: no layer has experts, so there is nothing to lend; write {_EXPERTS} where "
             "one has them, or leave --moe-llep out"
         )
     if args.overlap_moe_expert_parallel_comm:
@@ -77,10 +80,10 @@ def refuse_kernels(args: Namespace, *, has_gpu: bool) -> Iterator[str]:
                 f"{what}: {symbol} is {layer}, whose kernels are in the package {package}, which "
                 f"is not installed; pip install {package}, or {way_out}"
             )
-    if Symbols.DS_ATTENTION in pattern and args.transformer_impl == "local":
+    if _SPARSE_ATTENTION in pattern and args.transformer_impl == "local":
         yield (
-            f"{what}: {Symbols.DS_ATTENTION} is sparse attention, which needs Transformer Engine; "
-            f"use a pattern without {Symbols.DS_ATTENTION}, or --transformer-impl "
+            f"{what}: {_SPARSE_ATTENTION} is sparse attention, which needs Transformer Engine; "
+            f"use a pattern without {_SPARSE_ATTENTION}, or --transformer-impl "
             "transformer_engine"
         )
 
@@ -93,12 +96,12 @@ def _refuse_segments(args: Namespace, what: str, segments: list[str]) -> Iterato
         if len(segments) % stages:
             yield (
                 f"{what}: {len(segments)} segments do not spread over {size}; give each stage as "
-                f"many, by {Symbols.PIPE} between them"
+                f"many, by {_PIPE} between them"
             )
         return
     is_uneven = getattr(args, _FIRST) is not None or getattr(args, _LAST) is not None
     if len(segments[0]) % stages and not is_uneven:
         yield (
             f"{what}: {len(segments[0])} layers do not divide over {size}; say with "
-            f"{Symbols.PIPE} where each stage ends"
+            f"{_PIPE} where each stage ends"
         )

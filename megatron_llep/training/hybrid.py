@@ -1,4 +1,4 @@
-"""Hybrid models in a training script: Megatron's configuration of them, and what is refused."""
+"""Megatron's configuration of a hybrid model, from a training script's arguments."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -8,51 +8,15 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models.hybrid import HybridModelConfig
 
-from megatron_llep.device import is_cpu_device_installed
-from megatron_llep.integration.hybrid_pattern import read_pattern, refuse_kernels
 from megatron_llep.integration.hybrid_spec import build_local_hybrid_spec
 
 Chunks = list[torch.nn.Module]
-_HF_FLAGS = ("hf_load", "hf_config", "hf_save")
 # Kind of auxiliary loss -> its name in Megatron's tracker.
 _ROUTER_METRICS = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
 }
-
-
-def check_kind(args: Namespace, *, hybrid: bool) -> None:
-    """Refuse a model of another kind than the script's.
-
-    Args:
-        args: parsed, not yet validated by Megatron.
-        hybrid: whether the script trains hybrid models.
-
-    Raises:
-        ValueError: names flag, value and way out.
-    """
-    pattern = read_pattern(args)
-    if not hybrid:
-        if pattern is not None:
-            raise ValueError(
-                f"--hybrid-layer-pattern {pattern}: this script trains GPT models; pretrain with "
-                "pretrain/pretrain_hybrid.py, or leave the flag out"
-            )
-        return
-    if pattern is None:
-        raise ValueError(
-            "--hybrid-layer-pattern is missing: give one symbol a layer, such as *E*E (* attention,"
-            " E experts), or use pretrain/pretrain_gpt.py"
-        )
-    for name in _HF_FLAGS:
-        if getattr(args, name) is not None:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: weights of Hugging Face are "
-                "read into GPT models only; leave the flag out, or use pretrain/pretrain_gpt.py"
-            )
-    for refusal in refuse_kernels(args, has_gpu=not is_cpu_device_installed()):
-        raise ValueError(refusal)
 
 
 def build_hybrid_config(args: Namespace) -> HybridModelConfig:

@@ -20,8 +20,8 @@ from megatron_llep.training.errors import tell_place
 from megatron_llep.training.hf.arguments import add_hf_arguments, check_hf_arguments
 from megatron_llep.training.hf.flags import flags_from_hf
 from megatron_llep.training.hf.install import install_hf
-from megatron_llep.training.hybrid import check_kind
 from megatron_llep.training.model import build_model_config
+from megatron_llep.training.model_kind import check_kind
 from megatron_llep.training.peak_memory import report_peak_memory
 
 FlagSource = Callable[[Sequence[str]], list[str]]

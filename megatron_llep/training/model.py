@@ -10,13 +10,12 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.integration.hybrid_pattern import read_pattern
 from megatron_llep.integration.local_spec import build_local_block_spec
 from megatron_llep.integration.settings.notices import Notices
 from megatron_llep.integration.settings.table import replace_in_loop
 from megatron_llep.lending.progress import Progress
 from megatron_llep.training.arguments import say_what_runs
-from megatron_llep.training.hybrid import build_hybrid_config
-from megatron_llep.training.routing_trace import trace_hook
 
 
 def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> ModelConfig:
@@ -26,9 +25,15 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
     `progress` where this rank is.
     """
     what_runs, replaced = say_what_runs(args, llep)
-    is_hybrid = args.hybrid_layer_pattern is not None
-    config = build_hybrid_config(what_runs) if is_hybrid else _build_gpt_config(what_runs)
+    if read_pattern(args) is None:
+        config: ModelConfig = _build_gpt_config(what_runs)
+    else:  # of Megatron's modules that are for these alone
+        from megatron_llep.training.hybrid import build_hybrid_config
+
+        config = build_hybrid_config(what_runs)
     if args.moe_routing_trace_path:
+        from megatron_llep.training.routing_trace import trace_hook
+
         config.pre_wrap_hooks.append(trace_hook(args))
     notices = Notices()
     notices.add(replaced)

@@ -17,7 +17,7 @@ from megatron_llep.offline.check.parse import FlagReader
 from megatron_llep.offline.check.verdict import judge
 from megatron_llep.training.arguments import check_as_given
 from megatron_llep.training.hf.arguments import add_hf_arguments
-from megatron_llep.training.hybrid import check_kind
+from megatron_llep.training.model_kind import check_kind
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
 
