@@ -93,7 +93,12 @@ def _refuse_segments(args: Namespace, what: str, segments: list[str]) -> Iterato
     stages = args.pipeline_model_parallel_size
     size = f"--pipeline-model-parallel-size {stages}"
     if len(segments) > 1:
-        if len(segments) % stages:
+        if stages == 1:
+            yield (
+                f"{what}: {len(segments)} segments are stages of a pipeline, and there is one; set "
+                f"--pipeline-model-parallel-size, or leave {_PIPE} out"
+            )
+        elif len(segments) % stages:
             yield (
                 f"{what}: {len(segments)} segments do not spread over {size}; give each stage as "
                 f"many, by {_PIPE} between them"

@@ -6,6 +6,11 @@ from megatron_llep.device import is_cpu_device_installed
 from megatron_llep.integration.hybrid_pattern import read_pattern, refuse_kernels
 
 _HF_FLAGS = ("hf_load", "hf_config", "hf_save")
+# What to give --spec, by whether models are hybrid.
+_SPECS = {
+    False: ["megatron_llep.integration.spec", "gpt_layers_with_llep"],
+    True: ["megatron_llep.integration.hybrid_stack", "hybrid_stack_with_llep"],
+}
 
 
 def check_kind(args: Namespace, *, hybrid: bool) -> None:
@@ -18,6 +23,11 @@ def check_kind(args: Namespace, *, hybrid: bool) -> None:
     Raises:
         ValueError: names flag, value and way out.
     """
+    if args.spec == _SPECS[not hybrid]:
+        raise ValueError(
+            f"--spec {' '.join(args.spec)}: it is for the other kind of model; give "
+            f"{' '.join(_SPECS[hybrid])}"
+        )
     pattern = read_pattern(args)
     if not hybrid:
         if pattern is not None:

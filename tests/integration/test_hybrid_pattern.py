@@ -27,6 +27,8 @@ SMALL += ["--seq-length", "16", "--max-position-embeddings", "16", "--micro-batc
 SMALL += ["--vocab-size", "64", "--tokenizer-type", "NullTokenizer", "--no-rope-fusion"]
 SMALL += ["--transformer-impl", "local", "--no-gradient-accumulation-fusion"]
 MOE = ["--num-experts", "8", "--expert-model-parallel-size", "2", "--moe-llep"]
+SPEC = ["--spec", "megatron_llep.integration.hybrid_stack", "hybrid_stack_with_llep"]
+GPT_SPEC = ["--spec", "megatron_llep.integration.spec", "gpt_layers_with_llep"]
 LATENT = ["--moe-latent-size", "8", "--moe-shared-expert-overlap"]
 
 
@@ -50,6 +52,11 @@ BAD = {
         ["*E|*E|*E", *MOE, "--pipeline-model-parallel-size", "2"],
         "3 segments do not spread over --pipeline-model-parallel-size 2",
         "by | between them",
+    ),
+    "stages that are not there": (
+        ["*E|*E", *MOE],
+        "2 segments are stages of a pipeline, and there is one",
+        "set --pipeline-model-parallel-size",
     ),
     "no segments": (
         ["*E*", *MOE, "--pipeline-model-parallel-size", "2"],
@@ -93,6 +100,10 @@ def test_scripts_train_their_kind_of_model(read):
         check_kind(hybrid, hybrid=True)
         with pytest.raises(ValueError, match=r"pattern \*E: .*pretrain/pretrain_hybrid\.py"):
             check_kind(hybrid, hybrid=False)
+    for hybrid, spec in ((False, SPEC), (True, GPT_SPEC)):
+        kind = [PATTERN, "*E"] if hybrid else []
+        with pytest.raises(ValueError, match=r"--spec .*: .* the other kind of model; give mega"):
+            check_kind(read(*kind, *MOE, *spec), hybrid=hybrid)
     with pytest.raises(ValueError, match=r"--hf-load weights: .*leave the flag out"):
         check_kind(read(PATTERN, "*E", *MOE, "--hf-load", "weights"), hybrid=True)
 
@@ -127,9 +138,6 @@ def test_check_says_so_too():
     assert not verdict.refused
     (refusal,) = judge(flags | {PATTERN: "MM**"}, reader).refused
     assert "there is nothing to lend" in refusal
-
-
-SPEC = ["--spec", "megatron_llep.integration.hybrid_stack", "hybrid_stack_with_llep"]
 
 
 @pytest.mark.parametrize("knows_flags", [True, False], ids=["a script with our flags", "without"])
