@@ -3,6 +3,7 @@
 Mamba layers and gated delta nets need kernels that are for GPUs only; the patterns here have none.
 """
 
+import tempfile
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_layer
 from megatron_llep.integration.convert import convert_model, llep_hook, with_llep
 from megatron_llep.layer import LLEPMoELayer
 from megatron_llep.metrics import METRICS, PREFIX
+from megatron_llep.training.routing_trace import WholeModelTracer
 from support.comparison import get_relative_difference
 from support.hybrid import hybrid_run, name_in_gpt
 from support.layout import Layout, use_layout
@@ -110,8 +112,8 @@ def compare_with_gpt(hybrid: TrainResult, gpt: TrainResult) -> None:
         assert get_relative_difference(mine_of[name], expected) <= 1e-4, name
 
 
-def report_layers(pattern: str, chunks: Chunks) -> tuple[str, Scalars, list[int]]:
-    """What Megatron's training log makes of it, and the number of each router."""
+def report_layers(pattern: str, chunks: Chunks) -> tuple[str, Scalars, list[int], list[str]]:
+    """What Megatron's training log makes of it, the routers' numbers, and names in a trace."""
     line, scalars = report(
         force_initialize=True,
         num_layers=get_hybrid_layer_counts(pattern)["E"],  # it tells that of the MoE layers
@@ -120,13 +122,20 @@ def report_layers(pattern: str, chunks: Chunks) -> tuple[str, Scalars, list[int]
         pg_collection=None,
         total_loss_dict={},
     )
+    traced: list[str] = []
     routers = [m.router.layer_number for c in chunks for m in c.modules() if hasattr(m, "router")]
-    return line, scalars, routers
+    with tempfile.TemporaryDirectory() as folder:
+        tracer = WholeModelTracer(folder, max_steps=1, rank=0)
+        tracer.make_hook = traced.append
+        tracer.register_hooks(chunks)
+    return line, scalars, routers, traced
 
 
 def test_layers_are_numbered_over_the_whole_model():
     """In metrics those of multi-token prediction come last; Megatron numbers them from 1 again."""
     pattern = "*E|*E/*E/*E"
+    decoder = "decoder.layers.{}.mlp.router"
+    mtp = "mtp.layers.{}.mtp_model_layer.layers.1.mlp.router"
 
     def work(rank: int, size: int) -> str:
         run = hybrid_run(pattern, layout=PP2, routing=HOT, steps=1)
@@ -140,7 +149,9 @@ def test_layers_are_numbered_over_the_whole_model():
             )
         for lending in (by_hook, by_spec):
             assert_same_run(lending, plain)
-            line, scalars, routers = lending.observed
+            line, scalars, routers, traced = lending.observed
+            last = [decoder.format(3), mtp.format(0), mtp.format(1)]
+            assert traced == (last if rank >= 2 else [decoder.format(1)])
             assert scalars[f"{PREFIX}lent_experts"] > 0
             assert routers == plain.observed[2]
             for metric in METRICS:
