@@ -19,12 +19,9 @@ def main() -> None:
     """Parse the command line and train."""
     use_cpu_if_no_gpu()
     prepare_megatron_training()
-    from megatron_llep.training.data import build_datasets, check_pretraining
-    from megatron_llep.training.job import Job, run
-    from megatron_llep.training.step import forward_step
+    from megatron_llep.training.pretraining import run_pretraining
 
-    job = Job(build_datasets=build_datasets, forward_step=forward_step, check=check_pretraining)
-    run(job, started=_START)
+    run_pretraining(is_hybrid=False, started=_START)
 
 
 if __name__ == "__main__":

@@ -188,8 +188,8 @@ def check_kernel(
     if any(size % multiple for size in shape):
         raise ValueError(
             f"{FLAG}: an expert's weight is {list(shape)} on this rank, and both sizes must be "
-            f"multiples of {multiple}; change --hidden-size, --moe-ffn-hidden-size or "
-            f"--expert-tensor-parallel-size, {_INSTEAD}"
+            f"multiples of {multiple}; change --hidden-size (or --moe-latent-size), "
+            f"--moe-ffn-hidden-size or --expert-tensor-parallel-size, {_INSTEAD}"
         )
 
 

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.compile_once import NOT_CACHED, compile_once_per_host
 from megatron_llep.integration.model_groups import find_groups
+from megatron_llep.integration.mtp_layers import number_mtp_layers, with_numbered_mtp
 from megatron_llep.integration.replace_layers import replace_moe_layers
 from megatron_llep.integration.settings.notices import NOBODY_TO_LEND_TO, Notices
 from megatron_llep.integration.settings.table import find_built_in, replace_settings
@@ -71,7 +72,7 @@ def with_llep(
     install_tracker()
     shared.prepare_groups(groups, join_replicas=config.replicas == "expert-dp")
     notices.tell()
-    return replaced
+    return with_numbered_mtp(replaced) if replaced is not spec else spec
 
 
 def convert_model(
@@ -138,11 +139,12 @@ def convert_model(
     notices.tell()
     for layer, groups in found:
         LLEPMoELayer.convert(layer, llep=config, shared=shared, pg_collection=groups)
+    number_mtp_layers(chunks)
     return chunks
 
 
 def llep_hook(config: LLEPConfig) -> Callable[[list[torch.nn.Module]], list[torch.nn.Module]]:
-    """`convert_model` as a hook for Megatron's `GPTModelConfig.pre_wrap_hooks`."""
+    """`convert_model` as a hook for `pre_wrap_hooks` of Megatron's configuration of a model."""
     return partial(convert_model, config=config)
 
 

@@ -8,6 +8,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+from megatron_llep.integration.hybrid_pattern import refuse_pattern
 from megatron_llep.integration.settings.table import (
     read_arguments_as_config,
     replace_settings,
@@ -97,6 +98,12 @@ def refuse_layout(args: Namespace) -> Iterator[str]:
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains MoE "
             "layers under tensor parallelism only with --sequence-parallel; add that flag"
         )
+    if args.num_experts and args.moe_latent_size and args.moe_shared_expert_overlap:
+        yield (
+            "--moe-shared-expert-overlap: Megatron does not train latent experts "
+            f"(--moe-latent-size {args.moe_latent_size}) with it; leave the flag out"
+        )
+    yield from refuse_pattern(args)
 
 
 def refuse_flags(args: Namespace, messages: dict[str, str]) -> None:

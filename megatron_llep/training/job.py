@@ -21,6 +21,7 @@ from megatron_llep.training.hf.arguments import add_hf_arguments, check_hf_argum
 from megatron_llep.training.hf.flags import flags_from_hf
 from megatron_llep.training.hf.install import install_hf
 from megatron_llep.training.model import build_model_config
+from megatron_llep.training.model_kind import check_kind
 from megatron_llep.training.peak_memory import report_peak_memory
 
 FlagSource = Callable[[Sequence[str]], list[str]]
@@ -48,6 +49,8 @@ class Job:
     """The script's own flags."""
     flag_sources: Sequence[tuple[str, FlagSource]] = field(default=())
     """Flags that follow from others, each with the reason that is printed."""
+    is_hybrid: bool = False
+    """Whether it trains hybrid models (`--hybrid-layer-pattern`), and not GPT models."""
     loop_options: Callable[[Namespace], dict[str, Any]] = _return_nothing
     """More keywords for `megatron.training.pretrain`, from validated arguments."""
 
@@ -75,6 +78,7 @@ def run(job: Job, *, started: float) -> None:
         return job.add_arguments(add_hf_arguments(parser))
 
     def check(args: Namespace) -> None:
+        check_kind(args, hybrid=job.is_hybrid)
         check_hf_arguments(args)
         job.check(args)
 

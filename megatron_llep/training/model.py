@@ -5,10 +5,12 @@ from functools import partial
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.base import ModelConfig
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
+from megatron_llep.integration.hybrid_pattern import read_pattern
 from megatron_llep.integration.local_spec import build_local_block_spec
 from megatron_llep.integration.settings.notices import Notices
 from megatron_llep.integration.settings.table import replace_in_loop
@@ -16,15 +18,23 @@ from megatron_llep.lending.progress import Progress
 from megatron_llep.training.arguments import say_what_runs
 
 
-def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> GPTModelConfig:
+def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> ModelConfig:
     """Megatron's model configuration; its hook converts the MoE layers before DDP wraps them.
 
-    The layers tell `progress` where this rank is.
+    Of a hybrid model where `--hybrid-layer-pattern` is given, else of a GPT model. The layers tell
+    `progress` where this rank is.
     """
     what_runs, replaced = say_what_runs(args, llep)
-    config = gpt_config_from_args(what_runs)
-    if config.transformer_layer_spec is None and config.transformer.transformer_impl == "local":
-        config.transformer_layer_spec = _local_layers
+    if read_pattern(args) is None:
+        config: ModelConfig = _build_gpt_config(what_runs)
+    else:  # of Megatron's modules that are for these alone
+        from megatron_llep.training.hybrid import build_hybrid_config
+
+        config = build_hybrid_config(what_runs)
+    if args.moe_routing_trace_path:
+        from megatron_llep.training.routing_trace import trace_hook
+
+        config.pre_wrap_hooks.append(trace_hook(args))
     notices = Notices()
     notices.add(replaced)
     if llep.enabled and args.expert_model_parallel_size > 1:
@@ -32,6 +42,13 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
     config.pre_wrap_hooks.append(
         partial(convert_model, config=llep, progress=progress, notices=notices)
     )
+    return config
+
+
+def _build_gpt_config(args: Namespace) -> GPTModelConfig:
+    config = gpt_config_from_args(args)
+    if config.transformer_layer_spec is None and config.transformer.transformer_impl == "local":
+        config.transformer_layer_spec = _local_layers
     return config
 
 

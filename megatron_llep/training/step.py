@@ -1,4 +1,4 @@
-"""One forward step of a GPT model, as Megatron's schedules call it.
+"""One forward step of a GPT or hybrid model, as Megatron's schedules call it.
 
 Letters: B sequences of a micro-batch, S tokens each; packed ones are one of B * S.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.pipeline_parallel.utils import AbstractSchedulePlan
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
@@ -21,7 +21,7 @@ _SPIKE = 10
 
 def forward_step(
     data_iterator: Iterator[Batch] | None,
-    model: GPTModel,
+    model: LanguageModule,
     return_schedule_plan: bool = False,
     *,
     packed: bool = False,

@@ -9,11 +9,13 @@ import pytest
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_llep import with_llep
+from megatron_llep.integration.mtp_layers import NumberedMTPLayer, with_numbered_mtp
 from megatron_llep.integration.replace_layers import replace_moe_layers
 from megatron_llep.layer import LLEPMoELayer
 from support.layout import Layout, use_layout
@@ -116,3 +118,14 @@ def test_layers_of_a_copied_specification_share_what_they_lend_with():
             assert len({id(layer.lending_group) for layer in layers}) == 1
 
     run_ranks(work, 2)
+
+
+def test_of_a_hybrid_stack_multi_token_prediction_numbers_itself():
+    numbered = with_numbered_mtp(hybrid_stack_spec)
+    before, after = (
+        [layer.module for layer in spec.submodules.mtp_block_spec.submodules.layer_specs]
+        for spec in (hybrid_stack_spec, numbered)
+    )
+    assert before == [MultiTokenPredictionLayer]
+    assert after == [NumberedMTPLayer]
+    assert with_numbered_mtp(numbered.submodules.moe_layer) is numbered.submodules.moe_layer

@@ -11,7 +11,11 @@ from typing import Any
 from unittest import mock
 
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    hybrid_config_from_args,
+)
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 from shrink import read_layout
@@ -19,6 +23,7 @@ from shrink import read_layout
 from megatron_llep.integration.arguments import add_llep_arguments
 from megatron_llep.offline.launch.flags import Flags, format_flags
 from support.context import forward_part, with_gathering_attention
+from support.hybrid import build_hybrid
 from support.training import VOCABULARY, Run
 
 
@@ -26,7 +31,12 @@ def make_run(flags: Flags) -> Run:
     """What these flags train, but for data and learning-rate schedule."""
     layout = read_layout(flags)
     args = _validate(flags, layout.world_size)
-    model = gpt_config_from_args(args)
+    model: Any
+    if args.hybrid_layer_pattern is None:
+        model, build = gpt_config_from_args(args), None
+    else:
+        model = hybrid_config_from_args(args)
+        build = partial(build_hybrid, args.hybrid_layer_pattern, False)
     optimizer, _ = get_megatron_optimizer_config(args)
     context: dict[str, Any] = {}
     if layout.cp > 1:
@@ -38,6 +48,7 @@ def make_run(flags: Flags) -> Run:
         micro_batch_size=args.micro_batch_size,
         sequence_length=args.seq_length,
         build_config=partial(build_config, args),
+        build=build,
         model={
             "position_embedding_type": model.position_embedding_type,
             "rotary_percent": model.rotary_percent,

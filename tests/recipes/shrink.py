@@ -26,8 +26,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "--apply-layernorm-1p",
         "--no-weight-decay-cond-type",
     ),
-    "Mamba layers, replaced by attention": ("--hybrid-layer-pattern", "--mamba-"),
-    "latent experts, whose projections need Transformer Engine": ("--moe-latent-size",),
+    "Mamba layers, replaced by attention": ("--mamba-",),
     "FP8": ("--fp8-", "--first-last-layers-bf16", "--reuse-grad-buf-for-mxfp8-param-ag"),
     "padding for FP8": ("--moe-router-padding-for",),
     "fused expert kernels": (
@@ -96,6 +95,7 @@ _WIDTHS: Flags = {
     "--ffn-hidden-size": 64,
     "--moe-ffn-hidden-size": 32,
     "--moe-shared-expert-intermediate-size": 32,
+    "--moe-latent-size": 16,
     "--num-attention-heads": 8,
     "--kv-channels": 4,
     "--num-query-groups": 2,
@@ -109,14 +109,14 @@ _WIDTHS: Flags = {
 def shrink(flags: Flags) -> Flags:
     """The flags of a small model that is routed, laid out and optimized as the recipe's.
 
-    Kept: top-k, groups of experts, score function, expert bias, auxiliary losses, shared experts,
-    which layers are dense, attention windows and sinks, multi-token prediction, recompute where a
-    CPU can, optimizer and its overlap, the order of ranks.
+    Kept: top-k, groups of experts, score function, expert bias, auxiliary losses, shared and latent
+    experts, which layers are dense, attention windows and sinks, multi-token prediction, recompute
+    where a CPU can, optimizer and its overlap, the order of ranks.
 
     Changed: widths to `_WIDTHS`, if the recipe gives them; one layer to a model chunk, at most two
-    chunks to a pipeline stage; the largest parallel size halved until 8 ranks do; experts to the
-    least number that keeps top-k a choice; the dispatcher to the all-to-all one. What
-    `LEFT_OUT` lists goes, 16-bit numbers among it.
+    chunks to a pipeline stage, of a pattern its first four layers; the largest parallel size halved
+    until 8 ranks do; experts to the least number that keeps top-k a choice; the dispatcher to the
+    all-to-all one. What `LEFT_OUT` lists goes, 16-bit numbers among it.
     """
     left_out = tuple(start for starts in LEFT_OUT.values() for start in starts)
     small = {flag: value for flag, value in flags.items() if not flag.startswith(left_out)}
@@ -125,7 +125,10 @@ def shrink(flags: Flags) -> Flags:
     layout = read_layout(small)
     if "--num-query-groups" in small:
         small["--num-query-groups"] = max(2, layout.tp)
-    small |= _shrink_depth(flags, layout)
+    if "--hybrid-layer-pattern" in flags:
+        small |= _shrink_pattern(flags, layout)
+    else:
+        small |= _shrink_depth(flags, layout)
     small |= _shrink_experts(flags, layout)
     small |= _keep_recompute(flags)
     small |= {each.flag: each.value or True for each in CPU_FLAGS}
@@ -191,6 +194,14 @@ def _shrink_depth(flags: Flags, layout: Layout) -> Flags:
     if str(flags.get("--moe-layer-freq", "")).startswith("([0]"):
         small["--moe-layer-freq"] = f"([0]*1+[1]*{layers - 1})"
     return small
+
+
+def _shrink_pattern(flags: Flags, layout: Layout) -> Flags:
+    """The first layers of a hybrid model, and its depths of multi-token prediction."""
+    assert layout.pp == 1, "where stages end has not been needed"
+    layers = str(flags["--hybrid-layer-pattern"])[:4].replace("M", "*")
+    depths = int(str(flags.get("--mtp-num-layers", 0)))
+    return {"--hybrid-layer-pattern": layers + "/*E" * depths}
 
 
 def _count_chunks(flags: Flags) -> int:

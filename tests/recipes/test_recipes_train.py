@@ -6,6 +6,7 @@ from recipe_runs import make_run
 from shrink import read_layout, shrink
 from start_up import make_startable
 
+from megatron_llep.device.latent_projection import prepare_latent_projections
 from megatron_llep.offline.launch.flags import Flags
 from support.layout import Layout
 from support.parity import Case, compare_all
@@ -23,6 +24,11 @@ HANDFUL = [
 # Adam divides by what it has seen of a gradient, and so magnifies rounding where that is little:
 # where it takes next to no step (--lr 1e-12), all agree to 1e-5.
 GRADIENT_TOLERANCE = 1e-3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def projections():
+    prepare_latent_projections()
 
 
 @pytest.mark.parametrize("name", HANDFUL)

@@ -48,3 +48,10 @@ def test_experts_stay_a_choice_in_whole_groups():
     assert small["--num-experts"] == 16  # of 256: twice top-8, two to each of 8 groups
     small = shrink(RECIPES["nemotron_3_super_h100"].flags)
     assert small["--num-experts"] == 48  # twice top-22, as many on 8 ranks
+
+
+def test_a_pattern_keeps_its_first_layers_and_its_depths():
+    small = shrink(RECIPES["nemotron_3_super_h100"].flags)
+    assert small["--hybrid-layer-pattern"] == "*E*E/*E/*E"
+    assert small["--moe-latent-size"] == 16
+    assert "--num-layers" not in small

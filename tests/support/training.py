@@ -71,6 +71,8 @@ class Run:
     """In place of this module's; its reports have a "loss"."""
     spec: Callable[[Any], Any] | None = None
     """Takes the local block spec of a stage and returns the one to use instead."""
+    build: Callable[[TransformerConfig, "Run", Callable[[Any], Any] | None], Chunks] | None = None
+    """In place of `build_model`."""
     prepare: Callable[[Chunks], None] | None = None
     """Called with the built model chunks before DDP wraps them: to freeze, to change routers."""
 
@@ -112,7 +114,7 @@ def train(
     """
     with use_layout(run.layout):
         config = make_config(run)
-        chunks = build_model(config, run, transform_spec)
+        chunks = (run.build or build_model)(config, run, transform_spec)
         if transform_model is not None:
             transform_model(chunks)
         force_routing(chunks, run.routing)

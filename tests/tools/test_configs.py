@@ -12,6 +12,7 @@ from megatron.training.arguments import (
 )
 
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
+from megatron_llep.integration.hybrid_pattern import refuse_pattern
 from megatron_llep.offline.launch.flags import find_script, format_flags, load_config
 from megatron_llep.offline.launch.torchrun import layout_world_size
 from megatron_llep.training.rl.arguments import add_rl_arguments
@@ -122,9 +123,11 @@ PUBLISHED = {
         "glu": ("silu", 0.0, None),
     },
 }
-ON_CPUS = ("tiny", "demo", "sft-demo", "rl-demo")
+ON_CPUS = ("tiny", "tiny-hybrid", "tiny-latent", "demo", "sft-demo", "rl-demo")
 RECIPES = {"sft-gpt-oss-20b": "gpt-oss-20b", "sft-qwen3-30b-a3b": "qwen3-30b-a3b"}
 """Fine-tuning on 8 GPUs, of a published model."""
+HYBRID = ("nemotron-3-super",)
+"""Whose layers follow a pattern."""
 PARAMETERS_IN_BILLIONS = {
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,
@@ -239,7 +242,7 @@ def count_parameters(shape):
 
 
 def test_every_published_model_is_there():
-    assert {path.stem for path in CONFIGS} == {*ON_CPUS, *PUBLISHED, *RECIPES}
+    assert {path.stem for path in CONFIGS} == {*ON_CPUS, *PUBLISHED, *RECIPES, *HYBRID}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -258,6 +261,30 @@ def test_fine_tuning_keeps_the_shape_on_8_gpus(name):
     assert args.use_distributed_optimizer
     assert args.bf16
     assert find_script(path) == "finetune/sft_gpt.py"
+
+
+@pytest.mark.parametrize("name", [*HYBRID, "tiny-hybrid", "tiny-latent"])
+def test_a_hybrid_model_has_the_layers_of_its_pattern(name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    args, config = build_transformer_config(path)
+    assert config.num_layers == len(args.hybrid_layer_pattern)
+    assert find_script(path) == "pretrain/pretrain_hybrid.py"
+    assert not list(refuse_pattern(args))
+
+
+def test_nemotron_3_super_has_the_published_shape():
+    """Of config.json; its number of parameters: tests/offline/simulator/test_simulate.py."""
+    args, config = build_transformer_config(ROOT / "configs" / "nemotron-3-super.yaml")
+    pattern = args.hybrid_layer_pattern
+    assert [pattern.count(symbol) for symbol in "ME*"] == [40, 40, 8]
+    assert (config.hidden_size, config.moe_latent_size) == (4096, 1024)
+    assert (config.num_moe_experts, config.moe_router_topk) == (512, 22)
+    assert config.moe_router_topk_scaling_factor == 5.0
+    assert (config.moe_ffn_hidden_size, config.moe_shared_expert_intermediate_size) == (2688, 5376)
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (32, 2, 128)
+    assert (config.mamba_num_heads, config.mamba_head_dim, config.mamba_num_groups) == (128, 64, 8)
+    assert (args.padded_vocab_size, config.layernorm_epsilon) == (131072, 1e-5)
+    assert args.position_embedding_type == "none"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -289,3 +289,13 @@ def test_slurm_script_refuses_to_run_outside_slurm(folder):
     _, err = runner.communicate(timeout=20)
     assert runner.returncode == 2
     assert "sbatch" in err
+
+
+def test_a_pattern_of_layers_is_text(capsys):
+    """YAML would take what begins with an asterisk for a reference."""
+    config = str(ROOT / "configs" / "tiny-hybrid.yaml")
+    launch.main([config, "--set", "--hybrid-layer-pattern=*E*E", "--dry-run"])
+    command = shlex.split(capsys.readouterr().out)
+    assert command[command.index("--hybrid-layer-pattern") + 1] == "*E*E"
+    assert any(word.endswith("pretrain/pretrain_hybrid.py") for word in command)
+    assert "--num-layers" not in command

@@ -229,8 +229,9 @@ _ROWS = (
     ),
     (
         "`--moe-latent-size`",
-        "tokens are sent and computed in the latent size, and lent experts are as small; tested "
-        "with a stand-in for Transformer Engine's projections on a CPU",
+        "tokens are sent and computed in the latent size, and lent experts are as small, in "
+        "metrics and cost model too; without Transformer Engine this project's linear layer "
+        "projects",
     ),
     (
         "`--moe-enable-routing-replay`",
@@ -238,7 +239,8 @@ _ROWS = (
     ),
     (
         "`--mtp-num-layers`",
-        "through the model hook; a layer specification does not reach them",
+        "through the model hook; a layer specification does not reach them, but that of a hybrid "
+        "stack",
     ),
     (
         "`--mtp-use-repeated-layer`, `--mtp-detach-heads`",
@@ -246,9 +248,10 @@ _ROWS = (
     ),
     (
         "hybrid models (`--hybrid-layer-pattern`)",
-        "`convert_model` and `with_llep` find their MoE layers; tested with Megatron's "
-        "`HybridModel` of attention and MoE layers, in pipeline stages; its Mamba layers need a "
-        "GPU, and hold nothing of LLEP",
+        "in `pretrain/pretrain_hybrid.py`, through `convert_model`, and through `with_llep` of a "
+        "stack; tested with layers of attention, dense ones, experts and multi-token prediction, "
+        "in pipeline and virtual stages, some without experts; the kernels of `M` (mamba-ssm) and "
+        "`G` (flash-linear-attention) need a GPU, and these layers hold nothing of LLEP",
     ),
     (
         "frozen experts, routers, layers",

@@ -84,6 +84,9 @@ def read_document(path: Path) -> dict[str, Any]:
 def parse_override(text: str) -> Flags:
     """Read one --set value, FLAG or FLAG=VALUE, leading dashes optional, VALUE as in YAML.
 
+    A VALUE that begins with an asterisk is text, such as a pattern of layers: one value has no
+    other that YAML could refer to.
+
     Raises:
         ValueError: there is no flag name, or the value is not YAML.
     """
@@ -91,6 +94,8 @@ def parse_override(text: str) -> Flags:
     name = name.lstrip("-")
     if not name:
         raise ValueError(f"--set {text}: give a flag, such as --set --train-iters=50")
+    if value.startswith("*"):
+        return {f"--{name}": value}
     try:
         return {f"--{name}": yaml.safe_load(value) if has_value else True}
     except yaml.YAMLError as error:

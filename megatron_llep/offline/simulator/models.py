@@ -3,11 +3,16 @@
 The built-in ones are those that the LLEP paper measures; their files in configs/ name the sources.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_llep.offline.simulator.layers import (
+    count_attention_weights,
+    count_gdn_weights,
+    count_layers,
+    count_mamba_weights,
+)
 from megatron_llep.planner.cost.model import LayerShape
 
 
@@ -26,14 +31,19 @@ class ModelShape:
 
 def _make_model(name: str, args: dict[str, Any], tokens_per_rank: int) -> ModelShape:
     """Read a model's shape from Megatron's flags (without dashes in front)."""
-    hidden, layers, E = args["hidden-size"], args["num-layers"], args["num-experts"]
-    moe_layers = _count_moe_layers(args.get("moe-layer-freq", 1), layers)
+    hidden, E = args["hidden-size"], args["num-experts"]
+    layers = count_layers(args)
+    latent = args.get("moe-latent-size") or 0  # there tokens travel, and experts compute
+    moe_layers, attention_layers = layers["moe"], layers["attention"]
     matrices = 3 if args.get("swiglu") or args.get("quick-geglu") else 2
     weights = (
-        layers * _attention_weights(args)
-        + (layers - moe_layers) * matrices * hidden * args["ffn-hidden-size"]
+        attention_layers * count_attention_weights(args)
+        + layers["mamba"] * count_mamba_weights(args)
+        + layers["gdn"] * count_gdn_weights(args)
+        + layers["dense"] * matrices * hidden * args["ffn-hidden-size"]
         + moe_layers * matrices * hidden * args.get("moe-shared-expert-intermediate-size", 0)
         + moe_layers * hidden * E
+        + moe_layers * 2 * hidden * latent
         + hidden * args.get("padded-vocab-size", 0)  # where the tokenizer says it: left out
     )
     heads = args["num-attention-heads"]
@@ -41,13 +51,13 @@ def _make_model(name: str, args: dict[str, Any], tokens_per_rank: int) -> ModelS
         width = heads * (args["qk-head-dim"] + args["qk-pos-emb-head-dim"] + args["v-head-dim"])
     else:
         width = 2 * heads * args["kv-channels"]
-    scores = 2 * layers * width * _keys_per_token(args)
+    scores = 2 * attention_layers * width * _keys_per_token(args)
     return ModelShape(
         name=name,
         moe_layers=moe_layers,
         layer=LayerShape(
-            hidden=hidden,
-            ffn_hidden=args["moe-ffn-hidden-size"],
+            hidden=latent or hidden,
+            ffn_hidden=args.get("moe-ffn-hidden-size") or args["ffn-hidden-size"],
             num_experts=E,
             top_k=args["moe-router-topk"],
             gated=matrices == 3,
@@ -55,29 +65,6 @@ def _make_model(name: str, args: dict[str, Any], tokens_per_rank: int) -> ModelS
         other_flops_per_token=2 * weights + scores,
         tokens_per_rank=tokens_per_rank,
     )
-
-
-def _count_moe_layers(frequency: int | str, layers: int) -> int:
-    """Megatron's --moe-layer-freq: every n-th layer, or a pattern such as ([0]*3+[1]*58)."""
-    if isinstance(frequency, int):
-        return len(range(0, layers, frequency))
-    runs = re.findall(r"\[([01])\]\*(\d+)", frequency)
-    if sum(int(n) for _, n in runs) != layers:
-        raise ValueError(f"--moe-layer-freq={frequency}: write ([0]*3+[1]*58) for {layers} layers")
-    return sum(int(n) for kind, n in runs if kind == "1")
-
-
-def _attention_weights(args: dict[str, Any]) -> int:
-    """Numbers in one layer's attention matrices."""
-    hidden, heads = args["hidden-size"], args["num-attention-heads"]
-    if args.get("multi-latent-attention"):
-        rope, qk, v = args["qk-pos-emb-head-dim"], args["qk-head-dim"], args["v-head-dim"]
-        q_rank, kv_rank = args["q-lora-rank"], args["kv-lora-rank"]
-        query = hidden * q_rank + q_rank * heads * (qk + rope)
-        key_value = hidden * (kv_rank + rope) + kv_rank * heads * (qk + v)
-        return query + key_value + heads * v * hidden
-    groups = args.get("num-query-groups", heads)
-    return hidden * args["kv-channels"] * (2 * heads + 2 * groups)
 
 
 def _keys_per_token(args: dict[str, Any]) -> float:

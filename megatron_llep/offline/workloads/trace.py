@@ -1,9 +1,11 @@
 """Replay of the routing that Megatron traced with `--moe-routing-trace-path`.
 
 Megatron 0.19 (core/transformer/moe/router_trace.py) writes `router_trace_rank<rank>.jsonl`, a line
-for each call of a router: step, block ("decoder" or "mtp", the latter with mtp_idx), layer (as
-numbered in its model chunk), rank, num_tokens, topk and top_indices [num_tokens, topk]. Calls with
-the same step and layer are micro-batches, and, under recompute, repetitions.
+for each call of a router: step, block ("decoder" or "mtp", the latter with mtp_idx), layer, rank,
+num_tokens, topk and top_indices [num_tokens, topk]. Layers are numbered from 0, those of a decoder
+over the whole model by this project's scripts, and in each model chunk by others, whose stages of a
+pipeline then look alike; those of multi-token prediction within their depth. Calls with the same
+step and layer are micro-batches, and, under recompute, repetitions.
 
 Shape letters: P ranks, E experts, R ranks that traced a layer.
 """

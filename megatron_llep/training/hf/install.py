@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.training.checkpointing import checkpoint_exists
-from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.base import ModelConfig
 from megatron.training.utils import print_rank_0
 
 from megatron_llep.training.hf.arguments import hf_source
@@ -15,7 +15,7 @@ from megatron_llep.training.hf.arguments import hf_source
 Chunks = list[torch.nn.Module]
 
 
-def install_hf(config: GPTModelConfig, args: Namespace) -> Callable[[], None]:
+def install_hf(config: ModelConfig, args: Namespace) -> Callable[[], None]:
     """Let the model start from `--hf-load`; weights are loaded before LLEP's hook and DDP.
 
     Args:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_llep.offline.simulator import METHODS, MODELS, Case, ModelShape, get_model, simulate
+from megatron_llep.offline.simulator.layers import count_layers
 from megatron_llep.offline.workloads import make_counts
 from megatron_llep.planner.cost.model import EXCHANGES, CostModel, LayerShape, Link
 from megatron_llep.planner.cost.presets import get_cost_model
@@ -50,7 +51,7 @@ def test_built_in_models_are_those_of_configs(name):
 def test_every_config_is_a_model(path):
     model = get_model(str(path))
     assert model.moe_layers > 0
-    assert model.layer.gated
+    assert model.layer.gated == (path.stem != "nemotron-3-super")
     assert model.other_flops_per_token > 0
 
 
@@ -65,6 +66,30 @@ def test_model_sizes_against_published_ones():
     # All routed experts of DeepSeek-V3: 671 billion in all, the rest is attention and dense layers.
     v3 = MODELS["deepseek-v3"]
     assert 640e9 < v3.moe_layers * v3.layer.num_experts * v3.layer.expert_weights < 671e9
+
+
+def test_a_hybrid_model_with_latent_experts_against_published_sizes():
+    # 120 billion weights, of which a token meets 12, with an embedding it does not multiply.
+    model = get_model(str(CONFIGS / "nemotron-3-super.yaml"))
+    assert model.moe_layers == 40
+    assert model.layer.token_bytes == 1024 * 2
+    experts = model.moe_layers * model.layer.expert_weights
+    active = model.layer.top_k * experts + model.other_flops_per_token / 2
+    assert active == pytest.approx(12e9, rel=0.1)
+    others = model.other_flops_per_token / 2 + 131072 * 4096
+    assert model.layer.num_experts * experts + others == pytest.approx(120e9, rel=0.02)
+
+
+def test_layers_of_a_pattern():
+    assert count_layers({"hybrid-layer-pattern": "*E-|+DMG/*E/*E"}) == {
+        "attention": 3,
+        "moe": 1,
+        "dense": 1,
+        "mamba": 1,
+        "gdn": 1,
+    }
+    with pytest.raises(ValueError, match="--hybrid-layer-pattern XE: X is no layer"):
+        count_layers({"hybrid-layer-pattern": "XE"})
 
 
 def test_unknown_models_and_methods():

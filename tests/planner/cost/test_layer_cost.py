@@ -52,6 +52,10 @@ def test_the_shape_is_the_layers(tmp_path):
     assert cost.shape.gradient_bytes == cost.shape.expert_bytes
     assert not cost.shape.refetch
 
+    cost = get_layer_cost(make_config(gated_linear_unit=True, moe_latent_size=4), llep)
+    assert cost.shape.expert_bytes == 3 * 4 * 24 * 4
+    assert cost.shape.token_bytes == 4 * 4
+
     config.fp8_recipe, config.fp8_param = "blockwise", True
     cost = get_layer_cost(config, llep)
     assert cost.shape.expert_bytes == 2 * 16 * 12
