@@ -74,7 +74,7 @@ class LocalMLASelfAttention(MLASelfAttention):
     def _qkv_down_projection(
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project [s / t, b, h] down; keys and values: [s / t, b, r + p], not [s, b, (r + p) / t]."""
+        """Project [s / t, b, h] down, keys and values to [s / t, b, r + p]: cut by tokens."""
         queries, keys = super()._qkv_down_projection(hidden_states)
         if self.config.sequence_parallel:
             keys = gather_from_tensor_model_parallel_region(keys)

@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec_for_backend,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -26,6 +27,7 @@ from megatron_llep.integration.local_latent_attention import (
     check_latent_attention,
 )
 from megatron_llep.integration.local_norm import build_norm
+
 
 def build_local_block_spec(
     config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
@@ -58,10 +60,19 @@ def build_local_mtp_spec(
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """Spec of the multi-token-prediction layers of this stage, or None where there are none.
 
-    They repeat the last layer of ``block``, as Megatron's own builder does.
+    They repeat the last layer of ``block``, or, where that is empty, of the model, as Megatron's
+    own builder does.
     """
     if not config.mtp_num_layers:
         return None
+    if not block.layer_specs:
+        layers = get_gpt_decoder_layer_specs(
+            config,
+            use_transformer_engine=False,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+        )
+        block = TransformerBlockSubmodules(layer_specs=[_replace_modules(layers[-1])])
     return get_gpt_mtp_block_spec_for_backend(config, block, _LocalBackend(), vp_stage=vp_stage)
 
 

@@ -57,6 +57,53 @@ GPT_OSS = _SMALL | {
     },
 }
 
+DEEPSEEK_V3 = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 18,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "num_nextn_predict_layers": 0,
+}
+
+
+def make_deepseek_v3(
+    folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 1, **changes: Any
+) -> Path:
+    """A DeepSeek-V3 folder, whose experts have biases for their choice."""
+    config = transformers.DeepseekV3Config(**(DEEPSEEK_V3 | changes))
+    model = transformers.DeepseekV3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+    return _save(model, folder, dtype, seed)
+
 
 def make_qwen3_moe(
     folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 1, **changes: Any

@@ -9,6 +9,7 @@ from hf_models import (
     cut_in_shards,
     edit_config,
     fuse_experts,
+    make_deepseek_v3,
     make_gpt_oss,
     make_qwen3_moe,
     read_logits,
@@ -45,14 +46,14 @@ def check_round_trip(folder, target, world_size, layout, *, timeout=60.0):
     torch.testing.assert_close(read_logits(target, len(expected)), expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss])
+@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss, make_deepseek_v3])
 def test_logits_and_export_at_ep2(tmp_path, make):
     folder = make(tmp_path / "model")
     check_round_trip(folder, tmp_path / "saved", 2, [EP, 2])
     assert_same_weights(tmp_path / "saved", folder)
 
 
-@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss])
+@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss, make_deepseek_v3])
 def test_logits_and_export_at_tp2_ep2(tmp_path, make):
     folder = make(tmp_path / "model")
     check_round_trip(folder, tmp_path / "saved", 2, TP2_EP2)
