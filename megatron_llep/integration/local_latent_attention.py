@@ -41,6 +41,11 @@ def check_latent_attention(config: MLATransformerConfig) -> None:
             "--qk-l2-norm: Megatron has no such norm in --multi-latent-attention; use "
             "--qk-layernorm"
         )
+    if config.qk_pos_emb_head_dim % 2:
+        raise ValueError(
+            f"--qk-pos-emb-head-dim {config.qk_pos_emb_head_dim}: rotary embedding turns pairs of "
+            "dimensions; give an even number"
+        )
     size = config.tensor_model_parallel_size
     keys = config.kv_lora_rank + config.qk_pos_emb_head_dim
     cut = {

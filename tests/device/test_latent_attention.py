@@ -180,6 +180,7 @@ REFUSED = {
         r"--tensor-model-parallel-size 2: .*--kv-lora-rank 7 .*together 11",
     ),
     "queries": ({"q_lora_rank": 9}, r"--tensor-model-parallel-size 2: .*--q-lora-rank 9"),
+    "rotary": ({"qk_pos_emb_head_dim": 3}, r"--qk-pos-emb-head-dim 3: .*even"),
     "norm": ({"qk_l2_norm": True}, r"--qk-l2-norm: .*--qk-layernorm"),
 }
 

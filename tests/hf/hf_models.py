@@ -88,21 +88,45 @@ DEEPSEEK_V3 = {
         "mscale_all_dim": 1.0,
         "original_max_position_embeddings": 4096,
     },
-    "num_nextn_predict_layers": 0,
+    "num_nextn_predict_layers": 1,
 }
 
 
 def make_deepseek_v3(
     folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 1, **changes: Any
 ) -> Path:
-    """A DeepSeek-V3 folder, whose experts have biases for their choice."""
+    """A DeepSeek-V3 folder, whose experts have biases, with a layer of multi-token prediction."""
     config = transformers.DeepseekV3Config(**(DEEPSEEK_V3 | changes))
     model = transformers.DeepseekV3ForCausalLM(config)
     generator = torch.Generator().manual_seed(seed + 1000)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-    return _save(model, folder, dtype, seed)
+    _save(model, folder, dtype, seed)
+    _add_prediction_layer(folder, config, generator)
+    return folder
+
+
+def _add_prediction_layer(folder: Path, config: Any, generator: torch.Generator) -> None:
+    """As the last layer, with what is its own, and the copies that published folders have."""
+    weights = read_weights(folder)
+    last, new = (f"model.layers.{config.num_hidden_layers + i}." for i in (-1, 0))
+    layer = {
+        name.replace(last, new): weight * 0.9
+        for name, weight in weights.items()
+        if name.startswith(last)
+    }
+    width = config.hidden_size
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        layer[f"{new}{name}.weight"] = 0.5 + 0.1 * torch.randn(width, generator=generator)
+    layer[f"{new}eh_proj.weight"] = 0.1 * torch.randn(width, 2 * width, generator=generator)
+    layer[f"{new}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    layer[f"{new}shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    dtype = weights["lm_head.weight"].dtype
+    write_weights(
+        folder,
+        [("model.safetensors", weights | {name: each.to(dtype) for name, each in layer.items()})],
+    )
 
 
 def make_qwen3_moe(

@@ -46,18 +46,45 @@ def check_round_trip(folder, target, world_size, layout, *, timeout=60.0):
     torch.testing.assert_close(read_logits(target, len(expected)), expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss, make_deepseek_v3])
+@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss])
 def test_logits_and_export_at_ep2(tmp_path, make):
     folder = make(tmp_path / "model")
     check_round_trip(folder, tmp_path / "saved", 2, [EP, 2])
     assert_same_weights(tmp_path / "saved", folder)
 
 
-@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss, make_deepseek_v3])
+@pytest.mark.parametrize("make", [make_qwen3_moe, make_gpt_oss])
 def test_logits_and_export_at_tp2_ep2(tmp_path, make):
     folder = make(tmp_path / "model")
     check_round_trip(folder, tmp_path / "saved", 2, TP2_EP2)
     assert_same_weights(tmp_path / "saved", folder)
+
+
+MTP = ["--mtp-num-layers", 1]
+
+
+@pytest.mark.parametrize(
+    "layout", [[EP, 2], pytest.param(TP2_EP2, marks=pytest.mark.slow)], ids=["EP 2", "TP 2 x EP 2"]
+)
+def test_deepseek_with_multi_token_prediction(tmp_path, layout):
+    folder = make_deepseek_v3(tmp_path / "model")
+    check_round_trip(folder, tmp_path / "saved", 2, [*layout, *MTP])
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": None, "n_group": 1, "topk_group": 1}])
+def test_deepseek_without_multi_token_prediction(tmp_path, changes):
+    folder = make_deepseek_v3(tmp_path / "model", **changes)
+    check_round_trip(folder, tmp_path / "saved", 2, [EP, 2])
+    expected = read_weights(folder)
+    kept = {name: w for name, w in expected.items() if not name.startswith("model.layers.3.")}
+    write_weights(folder, [("model.safetensors", kept)])
+    assert_same_weights(tmp_path / "saved", folder)
+    assert (
+        json.loads((tmp_path / "saved" / "config.json").read_text())["num_nextn_predict_layers"]
+        == 0
+    )
 
 
 FOUR_RANKS = {

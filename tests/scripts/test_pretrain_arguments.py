@@ -121,6 +121,12 @@ BAD = {
         "--moe-pad-experts-for-cuda-graph-inference True",
         "leave the flag out",
     ),
+    "grouped latent": (
+        ["--multi-latent-attention", "--group-query-attention"],
+        "--group-query-attention",
+        "leave the flag out",
+    ),
+    "heads": (["--num-attention-heads", "3"], "--num-attention-heads 3", "--kv-channels"),
     "sft": (["--sft"], "--sft", "leave the flag out"),
 }
 
@@ -197,6 +203,21 @@ def test_graphs_of_planning_alone_are_not_captured(use_command_line):
         global_vars.unset_global_variables()
     for each in (args, config):
         assert (each.cuda_graph_impl, each.cuda_graph_modules) == ("none", [])
+
+
+LATENT = ["--multi-latent-attention", "--kv-lora-rank", "9", "--qk-pos-emb-head-dim", "4"]
+
+
+def test_latent_attention_that_cannot_be_cut_is_refused(use_command_line):
+    cut = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    use_command_line(tiny_flags(*DATA, *LATENT, *cut, "--no-rope-fusion"))
+    try:
+        args, llep = read_arguments(lambda parser: parser, check_pretraining)
+        with pytest.raises(ValueError, match=r"^--tensor-model-parallel-size 2: .*together 13"):
+            build_model_config(args, llep, Progress())
+    finally:
+        global_vars.unset_global_variables()
+    assert not dist.is_initialized()
 
 
 def test_what_llep_replaces_makes_a_configuration_without_a_gpu(use_command_line):
