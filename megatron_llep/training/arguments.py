@@ -91,7 +91,7 @@ def check_as_given(args: Namespace) -> LLEPConfig:
 
 
 def refuse_layout(args: Namespace) -> Iterator[str]:
-    """What Megatron refuses, with LLEP and without, in words that name no flag or once it trains."""
+    """What Megatron refuses, with LLEP and without, but late, or without naming a flag."""
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         yield (
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains MoE "

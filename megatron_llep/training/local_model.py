@@ -35,7 +35,7 @@ def use_local_layers(config: GPTModelConfig) -> None:
     config.transformer_layer_spec = _local_layers
     if transformer.mtp_num_layers:
         # A class variable, which Megatron's configurations also take from what they are read from.
-        config.builder = f"{__name__}.{LocalGPTModelBuilder.__name__}"  # type: ignore[misc]
+        config.builder = f"{__name__}.{LocalGPTModelBuilder.__name__}"
 
 
 def _local_layers(

@@ -121,7 +121,7 @@ LATENT = {
 
 
 def test_latent_attention():
-    """Keys and values have widths of their own, and positions are turned from the answer's start."""
+    """Keys and values have widths of their own, and queries go on from cached positions."""
 
     def work(rank, size):
         with use_layout(RUN.layout):
