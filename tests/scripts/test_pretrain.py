@@ -289,12 +289,16 @@ DEEPSEEK_LAYOUTS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", DEEPSEEK_LAYOUTS)
 def test_a_small_deepseek(name):
     layout, flags = DEEPSEEK_LAYOUTS[name]
     flags = ["--mock-data", "--train-iters", 4, "--seq-length", 32, *flags]
     config = ROOT / "configs" / "tiny-deepseek.yaml"
-    runs = [run_config(config, flags, llep=llep, layout=layout) for llep in (False, True)]
+    runs = [
+        run_config(config, flags, llep=llep, layout=layout, timeout=500.0)
+        for llep in (False, True)
+    ]
     for loss in ("lm loss", "mtp_1 loss"):
         plain, lending = (run.read(loss) for run in runs)
         assert len(plain) == 4
