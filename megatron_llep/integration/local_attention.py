@@ -1,11 +1,13 @@
-"""Attention over packed sequences (THD) without Transformer Engine: segment by segment, in groups.
+"""Attention without Transformer Engine, over packed sequences (THD) and with values of any width.
 
 Megatron's `DotProductAttention` refuses packed sequences. One mask over the whole pack would do for
 plain causal attention only: with a sliding window, Megatron's softmax ignores the mask it is given.
 So Megatron's attention runs over the segments as a batch, those of similar length together.
 
+Multi-latent attention has heads of values with a width of their own.
+
 Letters: T tokens of the pack, B segments of a group, S its longest, N heads (G of keys and values),
-D head dimension.
+D head dimension, V that of values.
 """
 
 import itertools
@@ -20,6 +22,23 @@ _SMALLEST_STEP = 8
 
 class PackedDotProductAttention(DotProductAttention):
     """Megatron's attention, for packs too: exact with windows and sinks, and causal within each."""
+
+    def __init__(
+        self,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ):
+        """As `DotProductAttention`, and with the widths that multi-latent attention gives.
+
+        Args:
+            args: as Megatron's.
+            k_channels: D; given by multi-latent attention, which has N keys. Tensors say it too.
+            v_channels: V; default: D. As for keys.
+            kwargs: as Megatron's.
+        """
+        super().__init__(*args, **kwargs)
 
     def forward(
         self,
@@ -36,15 +55,17 @@ class PackedDotProductAttention(DotProductAttention):
         Args:
             query: [T, N, D] of a pack, else as Megatron's.
             key: [T, G, D].
-            value: [T, G, D].
+            value: [T, G, V].
             attention_mask: not used for a pack.
             args: as Megatron's.
             packed_seq_params: where segments start; None: no pack.
             kwargs: as Megatron's.
 
         Returns:
-            [T, N * D] of a pack, else as Megatron's.
+            [T, N * V] of a pack, else as Megatron's.
         """
+        # Megatron folds heads into this, which it sets for values as wide as --kv-channels.
+        self.hidden_size_per_partition = self.num_attention_heads_per_partition * value.shape[-1]
         if packed_seq_params is None:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
         contexts, rows_of_contexts = [], []

@@ -1,23 +1,20 @@
-"""Layers for machines without Transformer Engine: Megatron's own, with two parts replaced.
+"""Layers for machines without Transformer Engine: Megatron's own, with some parts replaced.
 
-Megatron's local layers normalise with torch's norm wrapped in checks that refuse sequence
-parallelism, and so tensor parallelism with experts. The norm here marks its parameters as
-sequence parallel, which is all that Megatron needs to sum their gradients over the ranks.
-Megatron's local attention refuses packed sequences; ours takes them too.
-
-Shape letters: h = hidden size.
+Megatron's local norm refuses sequence parallelism, its local attention packed sequences and heads
+of values with a width of their own; ours take them. Multi-latent attention is completed.
 """
 
 from dataclasses import replace
 from typing import Any
 
-import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec_for_backend,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -25,52 +22,27 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.integration.local_attention import PackedDotProductAttention
-
-_NORMS = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
-
-
-def build_norm(
-    config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
-) -> torch.nn.Module:
-    """Torch's norm over the last dimension [.., h], usable under sequence parallelism.
-
-    ``config.persist_layer_norm`` chooses among GPU kernels and has no meaning here.
-
-    Raises:
-        ValueError: ``normalization`` is not RMSNorm or LayerNorm, or its weight is stored as
-            the difference from one (``layernorm_zero_centered_gamma``).
-    """
-    if config.normalization not in _NORMS:
-        raise ValueError(
-            f"--normalization {config.normalization} needs Transformer Engine; "
-            f"without it use one of {sorted(_NORMS)}"
-        )
-    if config.layernorm_zero_centered_gamma:
-        raise ValueError(
-            "--apply-layernorm-1p needs Transformer Engine; without it leave the flag out"
-        )
-    norm = _NORMS[config.normalization](hidden_size, eps=eps)
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
-    return norm
+from megatron_llep.integration.local_latent_attention import (
+    LocalMLASelfAttention,
+    check_latent_attention,
+)
+from megatron_llep.integration.local_norm import build_norm
 
 
 def build_local_block_spec(
     config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Spec of this pipeline stage's layers: Megatron's local ones, with our norm and attention.
+    """Spec of this pipeline stage's layers: Megatron's local ones, with ours for some parts.
 
     Dense layers (``moe_layer_freq``), shared experts and the norms of queries and keys are as
     Megatron's own builder makes them.
 
     Raises:
-        ValueError: multi-latent attention, which Megatron's local attention cannot compute; and,
-            when the model is built, as :func:`build_norm`.
+        ValueError: as :func:`check_latent_attention`; and, when the model is built, as
+            :func:`build_norm`.
     """
     if config.multi_latent_attention:
-        raise ValueError(
-            "--multi-latent-attention needs Transformer Engine; without it leave the flag out"
-        )
+        check_latent_attention(config)
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=False,
@@ -88,10 +60,19 @@ def build_local_mtp_spec(
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """Spec of the multi-token-prediction layers of this stage, or None where there are none.
 
-    They repeat the last layer of ``block``, as Megatron's own builder does.
+    They repeat the last layer of ``block``, or, where that is empty, of the model, as Megatron's
+    own builder does.
     """
     if not config.mtp_num_layers:
         return None
+    if not block.layer_specs:
+        layers = get_gpt_decoder_layer_specs(
+            config,
+            use_transformer_engine=False,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+        )
+        block = TransformerBlockSubmodules(layer_specs=[_replace_modules(layers[-1])])
     return get_gpt_mtp_block_spec_for_backend(config, block, _LocalBackend(), vp_stage=vp_stage)
 
 
@@ -105,6 +86,7 @@ class _LocalBackend(LocalSpecProvider):
 _REPLACED: dict[type, Any] = {
     WrappedTorchNorm: build_norm,
     DotProductAttention: PackedDotProductAttention,
+    MLASelfAttention: LocalMLASelfAttention,
 }
 
 
@@ -116,4 +98,7 @@ def _replace_modules(spec: ModuleSpec) -> ModuleSpec:
             changes[name] = _REPLACED[value]
         elif isinstance(value, ModuleSpec) and value.submodules is not None:
             changes[name] = _replace_modules(value)
-    return replace(spec, submodules=replace(spec.submodules, **changes))
+    module = spec.module
+    if isinstance(module, type):
+        module = _REPLACED.get(module, module)
+    return replace(spec, module=module, submodules=replace(spec.submodules, **changes))

@@ -38,7 +38,8 @@ def gpt_layers_with_llep(
         vp_stage: the virtual pipeline stage, given by name.
 
     Raises:
-        ValueError: as `with_llep`.
+        ValueError: as `with_llep` and, without Transformer Engine, `build_local_block_spec`;
+            there also multi-token prediction with multi-latent attention.
     """
     given = [config, *more]
     args = given.pop(0) if isinstance(config, Namespace) else get_args()
@@ -52,6 +53,12 @@ def _build_plain(
 ) -> TransformerBlockSubmodules:
     transformer = getattr(config, "transformer", config)
     if transformer.transformer_impl == "local":
+        if transformer.multi_latent_attention and transformer.mtp_num_layers:
+            raise ValueError(
+                f"--mtp-num-layers {transformer.mtp_num_layers}: with --spec Megatron makes these "
+                "layers by itself, and without Transformer Engine not of "
+                "--multi-latent-attention; leave it out, or --spec with pretrain/pretrain_gpt.py"
+            )
         return build_local_block_spec(transformer, vp_stage)
     if isinstance(config, GPTModelConfig):
         return default_layer_spec(config, vp_stage)

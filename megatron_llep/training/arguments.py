@@ -92,7 +92,7 @@ def check_as_given(args: Namespace) -> LLEPConfig:
 
 
 def refuse_layout(args: Namespace) -> Iterator[str]:
-    """What Megatron's MoE layers refuse, with LLEP and without, once they train."""
+    """What Megatron refuses, with LLEP and without, but late, or without naming a flag."""
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         yield (
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains MoE "
@@ -102,6 +102,18 @@ def refuse_layout(args: Namespace) -> Iterator[str]:
         yield (
             "--moe-shared-expert-overlap: Megatron does not train latent experts "
             f"(--moe-latent-size {args.moe_latent_size}) with it; leave the flag out"
+        )
+    if args.multi_latent_attention and args.group_query_attention:
+        yield (
+            "--group-query-attention: with --multi-latent-attention every head has keys and values "
+            "of its own; leave the flag out"
+        )
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    if hidden and heads and hidden % heads and args.kv_channels is None:
+        yield (
+            f"--num-attention-heads {heads}: --hidden-size {hidden} is no multiple of it, so "
+            "--kv-channels must be given (with --multi-latent-attention any number will do, as "
+            "heads have other widths)"
         )
     yield from refuse_pattern(args)
 

@@ -62,6 +62,8 @@ GPU_FLAGS = (
     GpuFlag("--use-te-activation-func", _TE),
     GpuFlag("--use-transformer-engine-op-fuser", _TE),
     GpuFlag("--te-rng-tracker", _TE),
+    GpuFlag("--mla-down-proj-fusion", _TE),
+    GpuFlag("--cache-mla-latents", "its kernels need a GPU"),
     GpuFlag("--recompute-modules", _TE, refused=("layernorm", "moe_act")),
     # Experts
     GpuFlag("--moe-grouped-gemm", "Megatron's grouped GEMM needs Transformer Engine and a GPU"),

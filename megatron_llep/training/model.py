@@ -3,7 +3,6 @@
 from argparse import Namespace
 from functools import partial
 
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.base import ModelConfig
 from megatron.training.models.gpt import GPTModelConfig
@@ -11,11 +10,11 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.hybrid_pattern import read_pattern
-from megatron_llep.integration.local_spec import build_local_block_spec
 from megatron_llep.integration.settings.notices import Notices
 from megatron_llep.integration.settings.table import replace_in_loop
 from megatron_llep.lending.progress import Progress
 from megatron_llep.training.arguments import say_what_runs
+from megatron_llep.training.local_model import use_local_layers
 
 
 def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) -> ModelConfig:
@@ -47,12 +46,5 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
 
 def _build_gpt_config(args: Namespace) -> GPTModelConfig:
     config = gpt_config_from_args(args)
-    if config.transformer_layer_spec is None and config.transformer.transformer_impl == "local":
-        config.transformer_layer_spec = _local_layers
+    use_local_layers(config)
     return config
-
-
-def _local_layers(
-    config: GPTModelConfig, vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    return build_local_block_spec(config.transformer, vp_stage)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_llep.integration.local_spec import build_local_block_spec, build_norm
+from megatron_llep.integration.local_norm import build_norm
 from support.comparison import assert_same_training
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
@@ -18,7 +18,6 @@ def config_with(**changes):
         "layernorm_zero_centered_gamma": False,
         "sequence_parallel": False,
         "persist_layer_norm": True,
-        "multi_latent_attention": False,
     }
     return SimpleNamespace(**(settings | changes))
 
@@ -45,11 +44,6 @@ def test_norm_is_torchs_and_marked_for_sequence_parallelism(normalization, seque
 def test_norm_refuses_what_needs_transformer_engine(changes, flag):
     with pytest.raises(ValueError, match=flag):
         build_norm(config_with(**changes), 8)
-
-
-def test_latent_attention_is_refused():
-    with pytest.raises(ValueError, match="--multi-latent-attention"):
-        build_local_block_spec(config_with(multi_latent_attention=True))
 
 
 FEATURES = {

@@ -57,6 +57,77 @@ GPT_OSS = _SMALL | {
     },
 }
 
+DEEPSEEK_V3 = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 18,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "num_nextn_predict_layers": 1,
+}
+
+
+def make_deepseek_v3(
+    folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 1, **changes: Any
+) -> Path:
+    """A DeepSeek-V3 folder, whose experts have biases, with a layer of multi-token prediction."""
+    config = transformers.DeepseekV3Config(**(DEEPSEEK_V3 | changes))
+    model = transformers.DeepseekV3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+    _save(model, folder, dtype, seed)
+    _add_prediction_layer(folder, config, generator)
+    return folder
+
+
+def _add_prediction_layer(folder: Path, config: Any, generator: torch.Generator) -> None:
+    """As the last layer, with what is its own, and the copies that published folders have."""
+    weights = read_weights(folder)
+    last, new = (f"model.layers.{config.num_hidden_layers + i}." for i in (-1, 0))
+    layer = {
+        name.replace(last, new): weight * 0.9
+        for name, weight in weights.items()
+        if name.startswith(last)
+    }
+    width = config.hidden_size
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        layer[f"{new}{name}.weight"] = 0.5 + 0.1 * torch.randn(width, generator=generator)
+    layer[f"{new}eh_proj.weight"] = 0.1 * torch.randn(width, 2 * width, generator=generator)
+    layer[f"{new}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    layer[f"{new}shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    dtype = weights["lm_head.weight"].dtype
+    write_weights(
+        folder,
+        [("model.safetensors", weights | {name: each.to(dtype) for name, each in layer.items()})],
+    )
+
 
 def make_qwen3_moe(
     folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 1, **changes: Any

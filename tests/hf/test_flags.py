@@ -180,6 +180,7 @@ UNUSABLE = {
     "base": (SMALL, {"rope_theta": 10000.5}, "rope_theta 10000.5"),
     "limit": (GPT_OSS_20B, {"swiglu_limit": 5.0}, "swiglu_limit 5.0"),
     "topk": (DEEPSEEK_V3, {"topk_method": "greedy"}, "topk_method greedy"),
+    "query rank": (DEEPSEEK_V3, {"q_lora_rank": None}, "q_lora_rank None"),
     "attention factor": (
         SMALL,
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0}},

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from hf_models import cut_in_shards, edit_config, make_qwen3_moe, read_weights, write_weights
 from megatron.training.arguments import parse_args
-from published import DEEPSEEK_V3, GPT_OSS_20B
+from published import GPT_OSS_20B
 
 from megatron_llep.training.hf import arguments
 from megatron_llep.training.hf.arguments import add_hf_arguments, check_hf_arguments
@@ -153,12 +153,6 @@ def test_a_folder_that_cannot_be_written_is_refused(check, folder, tmp_path):
 def test_two_sources_of_weights_are_refused(check, folder):
     with pytest.raises(ValueError, match=r"--pretrained-checkpoint somewhere .* one of the two"):
         check("--hf-load", folder, "--pretrained-checkpoint", "somewhere")
-
-
-def test_latent_attention_without_transformer_engine_is_refused(check, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
-    with pytest.raises(ValueError, match=r"deepseek_v3 has multi-latent attention"):
-        check("--hf-config", tmp_path)
 
 
 def test_experts_of_gpt_oss_are_not_cut(check, tmp_path):

@@ -9,6 +9,7 @@ from hf_models import (
     cut_in_shards,
     edit_config,
     fuse_experts,
+    make_deepseek_v3,
     make_gpt_oss,
     make_qwen3_moe,
     read_logits,
@@ -57,6 +58,33 @@ def test_logits_and_export_at_tp2_ep2(tmp_path, make):
     folder = make(tmp_path / "model")
     check_round_trip(folder, tmp_path / "saved", 2, TP2_EP2)
     assert_same_weights(tmp_path / "saved", folder)
+
+
+MTP = ["--mtp-num-layers", 1]
+
+
+@pytest.mark.parametrize(
+    "layout", [[EP, 2], pytest.param(TP2_EP2, marks=pytest.mark.slow)], ids=["EP 2", "TP 2 x EP 2"]
+)
+def test_deepseek_with_multi_token_prediction(tmp_path, layout):
+    folder = make_deepseek_v3(tmp_path / "model")
+    check_round_trip(folder, tmp_path / "saved", 2, [*layout, *MTP])
+    assert_same_weights(tmp_path / "saved", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": None, "n_group": 1, "topk_group": 1}])
+def test_deepseek_without_multi_token_prediction(tmp_path, changes):
+    folder = make_deepseek_v3(tmp_path / "model", **changes)
+    check_round_trip(folder, tmp_path / "saved", 2, [EP, 2])
+    expected = read_weights(folder)
+    kept = {name: w for name, w in expected.items() if not name.startswith("model.layers.3.")}
+    write_weights(folder, [("model.safetensors", kept)])
+    assert_same_weights(tmp_path / "saved", folder)
+    assert (
+        json.loads((tmp_path / "saved" / "config.json").read_text())["num_nextn_predict_layers"]
+        == 0
+    )
 
 
 FOUR_RANKS = {

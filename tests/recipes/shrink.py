@@ -11,14 +11,6 @@ from support.layout import Layout
 # Beginnings of flags that a small model on a CPU goes without -> what is given up with them.
 # Empty: nothing that a reader would miss.
 LEFT_OUT: dict[str, tuple[str, ...]] = {
-    "multi-latent attention, replaced by ordinary attention": (
-        "--multi-latent-attention",
-        "--q-lora-rank",
-        "--kv-lora-rank",
-        "--qk-head-dim",
-        "--qk-pos-emb-head-dim",
-        "--v-head-dim",
-    ),
     "linear attention, replaced by ordinary attention": (
         "--linear-",
         "--experimental-attention-variant",
@@ -80,7 +72,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "--check-weight-hash-across-dp-replicas-interval",
     ),
 }
-_GPU_RECOMPUTE = {"layernorm", "moe_act", "mla_up_proj"}
+_GPU_RECOMPUTE = {"layernorm", "moe_act"}
 _MOST_RANKS = 8
 _MOST_CHUNKS = 2
 _SIZES = {
@@ -99,6 +91,11 @@ _WIDTHS: Flags = {
     "--num-attention-heads": 8,
     "--kv-channels": 4,
     "--num-query-groups": 2,
+    "--q-lora-rank": 16,
+    "--kv-lora-rank": 12,
+    "--qk-head-dim": 4,
+    "--qk-pos-emb-head-dim": 4,
+    "--v-head-dim": 6,
     "--window-size": "4,0",
     "--seq-length": 16,
     "--max-position-embeddings": 16,
@@ -110,8 +107,8 @@ def shrink(flags: Flags) -> Flags:
     """The flags of a small model that is routed, laid out and optimized as the recipe's.
 
     Kept: top-k, groups of experts, score function, expert bias, auxiliary losses, shared and latent
-    experts, which layers are dense, attention windows and sinks, multi-token prediction, recompute
-    where a CPU can, optimizer and its overlap, the order of ranks.
+    experts, which layers are dense, latent attention, windows and sinks, multi-token prediction,
+    recompute where a CPU can, optimizer and its overlap, the order of ranks.
 
     Changed: widths to `_WIDTHS`, if the recipe gives them; one layer to a model chunk, at most two
     chunks to a pipeline stage, of a pattern its first four layers; the largest parallel size halved

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from script_runs import ROOT, Log, run_ranks_by_hand, run_tiny, tiny_flags
+from script_runs import ROOT, Log, run_config, run_ranks_by_hand, run_tiny, tiny_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -278,4 +278,20 @@ def test_layouts_and_modes(name, corpus):
     tolerance = 5e-3 if "bf16" in name else TOLERANCE
     assert runs[1].losses == pytest.approx(runs[0].losses, rel=tolerance)
     assert runs[1].losses[4] > 0
+    assert any(count > 0 for count in runs[1].read("lent_experts").values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_small_deepseek():
+    layout, flags = LAYOUTS["TP2xEP2"]
+    flags = ["--mock-data", "--train-iters", 4, "--seq-length", 32, *flags]
+    config = ROOT / "configs" / "tiny-deepseek.yaml"
+    runs = [
+        run_config(config, flags, llep=llep, layout=layout, timeout=500.0) for llep in (False, True)
+    ]
+    for loss in ("lm loss", "mtp_1 loss"):
+        plain, lending = (run.read(loss) for run in runs)
+        assert len(plain) == 4
+        assert lending == pytest.approx(plain, rel=TOLERANCE)
     assert any(count > 0 for count in runs[1].read("lent_experts").values())

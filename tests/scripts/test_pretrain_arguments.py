@@ -121,6 +121,11 @@ BAD = {
         "--moe-pad-experts-for-cuda-graph-inference True",
         "leave the flag out",
     ),
+    "grouped latent": (
+        ["--multi-latent-attention", "--group-query-attention"],
+        "--group-query-attention",
+        "leave the flag out",
+    ),
     "sft": (["--sft"], "--sft", "leave the flag out"),
 }
 
@@ -197,6 +202,33 @@ def test_graphs_of_planning_alone_are_not_captured(use_command_line):
         global_vars.unset_global_variables()
     for each in (args, config):
         assert (each.cuda_graph_impl, each.cuda_graph_modules) == ("none", [])
+
+
+GROUPED = ["--group-query-attention", "--num-query-groups"]
+
+
+def test_heads_that_do_not_divide_the_width_need_a_width_of_their_own(use_command_line):
+    flags = [*DATA, "--num-attention-heads", "3", "--multi-latent-attention"]
+    use_command_line(tiny_flags(*flags, without=GROUPED))
+    check_as_given(parse_args(add_llep_arguments))
+    use_command_line(tiny_flags(*flags, without=[*GROUPED, "--kv-channels"]))
+    with pytest.raises(ValueError, match=r"^--num-attention-heads 3: .*--kv-channels"):
+        check_as_given(parse_args(add_llep_arguments))
+
+
+LATENT = ["--multi-latent-attention", "--kv-lora-rank", "9", "--qk-pos-emb-head-dim", "4"]
+
+
+def test_latent_attention_that_cannot_be_cut_is_refused(use_command_line):
+    cut = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    use_command_line(tiny_flags(*DATA, *LATENT, *cut, "--no-rope-fusion", without=GROUPED))
+    try:
+        args, llep = read_arguments(lambda parser: parser, check_pretraining)
+        with pytest.raises(ValueError, match=r"^--tensor-model-parallel-size 2: .*together 13"):
+            build_model_config(args, llep, Progress())
+    finally:
+        global_vars.unset_global_variables()
+    assert not dist.is_initialized()
 
 
 def test_what_llep_replaces_makes_a_configuration_without_a_gpu(use_command_line):

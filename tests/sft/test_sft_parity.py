@@ -109,6 +109,16 @@ CASES = {
     2: {
         "tp2 ep2": make_run(Layout(tp=2, ep=2, etp=1), micro_batch_size=1),
         "ep2": make_run(Layout(ep=2)),
+        "latent attention": make_run(
+            Layout(ep=2),
+            multi_latent_attention=True,
+            q_lora_rank=10,
+            kv_lora_rank=12,
+            qk_head_dim=6,
+            qk_pos_emb_head_dim=4,
+            v_head_dim=12,
+            qk_layernorm=True,
+        ),
         "window and sinks": make_run(
             Layout(ep=2), window_size=(5, 0), softmax_type="learnable", window_attn_skip_freq=2
         ),

@@ -108,6 +108,32 @@ def test_tensor_parallel_ranks_agree():
     assert first.tokens == expected.tokens
 
 
+LATENT = {
+    "multi_latent_attention": True,
+    "kv_channels": 8,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 12,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 12,
+    "qk_layernorm": True,
+}
+
+
+def test_latent_attention():
+    """Keys and values have widths of their own, and queries go on from cached positions."""
+
+    def work(rank, size):
+        with use_layout(RUN.layout):
+            for config in (LATENT, LATENT | {"q_lora_rank": None, "rope_type": "rope"}):
+                model = build(replace(RUN, config=config), EAGER)
+                settings = {"max_new_tokens": NEW, "stop_ids": STOP}
+                answers = generate(model, PROMPTS[rank], greedy=True, **settings)
+                assert_right(model, PROMPTS[rank], answers, rank, size)
+
+    run_ranks(work, 2)
+
+
 def test_an_answer_depends_on_its_own_draws_alone():
     """Not on which rank has it, nor on what else that rank has."""
     prompts = PROMPTS[0]

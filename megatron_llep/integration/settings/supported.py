@@ -228,6 +228,12 @@ _ROWS = (
         "foreign experts are computed as natives are",
     ),
     (
+        "`--multi-latent-attention`",
+        "it holds nothing of LLEP; without Transformer Engine Megatron's own runs in local layers, "
+        "where tensor parallelism must divide `--q-lora-rank` and `--kv-lora-rank` plus "
+        "`--qk-pos-emb-head-dim`",
+    ),
+    (
         "`--moe-latent-size`",
         "tokens are sent and computed in the latent size, and lent experts are as small, in "
         "metrics and cost model too; without Transformer Engine this project's linear layer "

@@ -103,11 +103,6 @@ def _is_installed(package: str) -> bool:
 
 
 def _check_layout(args: Namespace, flag: str, folder: Path, model_type: str) -> None:
-    if args.multi_latent_attention and args.transformer_impl == "local":
-        raise ValueError(
-            f"{flag} {folder}: {model_type} has multi-latent attention, which needs Transformer "
-            "Engine and a GPU; take a model with another attention here"
-        )
     expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     if model_type == "gpt_oss" and expert_tensor > 1:
         raise ValueError(

@@ -64,7 +64,7 @@ def save_hf(
     is_writer = dist.get_rank() == 0
     writer = ShardWriter(folder)
     error: OSError | None = None
-    for name, tensor in _trim(weights, config):
+    for name, tensor in _trim(weights, config, _mtp_layers(config, models)):
         # All ranks take part in gathering every tensor, also after rank 0 has failed.
         if is_writer and error is None:
             error = _attempt(writer.add, name, tensor)
@@ -87,15 +87,29 @@ def _finish_gathering(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def _trim(
-    weights: Iterator[tuple[str, torch.Tensor]], config: HFConfig
+    weights: Iterator[tuple[str, torch.Tensor]], config: HFConfig, mtp_layers: Sequence[int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Leave out padded rows, and the output layer where it is the embedding."""
+    """Leave out padded rows, and the output layer where it is the embedding.
+
+    DeepSeek's layers of multi-token prediction have copies of both; `mtp_layers` are their numbers.
+    """
     rows = config.require("vocab_size")
     tied = config.get("tie_word_embeddings", default=False)
+    copies = {EMBEDDING: "embed_tokens.weight", OUTPUT: "shared_head.head.weight"}
     for name, tensor in weights:
+        if name in copies:
+            tensor = tensor[:rows]
+            for layer in mtp_layers:
+                yield f"model.layers.{layer}.{copies[name]}", tensor.clone()
         if name == OUTPUT and tied:
             continue
-        yield name, tensor[:rows] if name in (EMBEDDING, OUTPUT) else tensor
+        yield name, tensor
+
+
+def _mtp_layers(config: HFConfig, models: Sequence[torch.nn.Module]) -> Sequence[int]:
+    """Their numbers in the folder: they come after the others."""
+    first = config.require("num_hidden_layers")
+    return range(first, first + (getattr(models[0].config, "mtp_num_layers", None) or 0))
 
 
 def _attempt(function: Any, *args: Any) -> OSError | None:
@@ -130,7 +144,6 @@ def _saved_config(config: HFConfig, dtype: str, models: Sequence[torch.nn.Module
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     # What is written is not quantized, whatever was read.
     values.pop("quantization_config", None)
-    has_mtp = getattr(models[0].config, "mtp_num_layers", None)
-    if "num_nextn_predict_layers" in values and not has_mtp:
-        values["num_nextn_predict_layers"] = 0
+    if "num_nextn_predict_layers" in values:
+        values["num_nextn_predict_layers"] = len(_mtp_layers(config, models))
     return values

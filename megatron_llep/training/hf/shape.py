@@ -200,8 +200,15 @@ def _rotary(config: HFConfig, rope: Rope) -> dict[str, Value]:
 
 
 def _latent_attention(config: HFConfig) -> dict[str, Value]:
+    if config.get("q_lora_rank") is None:
+        raise config.refuse(
+            "q_lora_rank",
+            None,
+            "with --qk-layernorm Megatron then normalises what queries are made of once more",
+        )
     flags: dict[str, Value] = {
         "--multi-latent-attention": True,
+        "--q-lora-rank": config.require("q_lora_rank"),
         "--qk-layernorm": True,
         "--kv-lora-rank": config.require("kv_lora_rank"),
         "--qk-head-dim": config.require("qk_nope_head_dim"),
@@ -209,8 +216,6 @@ def _latent_attention(config: HFConfig) -> dict[str, Value]:
         "--v-head-dim": config.require("v_head_dim"),
         "--position-embedding-type": "rope",
     }
-    if config.get("q_lora_rank") is not None:
-        flags["--q-lora-rank"] = config.require("q_lora_rank")
     rope = read_rope(config)
     flags |= {"--rotary-base": rope.base, "--rope-type": "yarn" if rope.yarn else "rope"}
     if rope.yarn:
