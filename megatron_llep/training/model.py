@@ -4,9 +4,8 @@ from argparse import Namespace
 from functools import partial
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.models.gpt import GPTModelConfig
 
+from megatron_llep.compat.training import GPTModelConfig, gpt_config_from_args
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.local_spec import build_local_block_spec
