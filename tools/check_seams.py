@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_llep.offline.seams import check, count_seams, record
+from megatron_llep.offline.seams import check, record
 
 ROOT = Path(__file__).parents[1]
 ALSO = [ROOT / folder for folder in ("benchmarks", "finetune", "pretrain", "tools")]
@@ -26,14 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.write:
             record(args.folder, also=ALSO)
-        changes = check(args.folder, also=ALSO)
+        report = check(args.folder, also=ALSO)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    print(*changes, sep="\n\n", end="\n\n" if changes else "")
-    count = count_seams(args.folder, also=ALSO)
-    print(f"{len(changes)} of {count} uses of Megatron's names are missing or changed")
-    return 1 if changes else 0
+    for change in report.changes:
+        print(change, end="\n\n")
+    changed = len({change.name for change in report.changes})
+    print(f"{changed} of {report.num_names} names of Megatron are missing or changed")
+    return 1 if report.changes else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 Chunks = list[torch.nn.Module]
-Layers = ModuleSpec | TransformerBlockSubmodules
+type Layers = ModuleSpec | TransformerBlockSubmodules
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_llep.offline.seams.source import Source
 from megatron_llep.offline.seams.uses import Reader, Use
 
 PACKAGE_ROOT = Path(__file__).parents[2]
+_USES_MEGATRON = re.compile(r"\b(from|import) megatron\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,18 @@ class Change:
         return "\n    ".join(lines)
 
 
-def check(folder: Path, *, also: Sequence[Path] = ()) -> list[Change]:
-    """What is missing or changed in a tree of Megatron.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a tree was found to be."""
+
+    changes: list[Change]
+    """What is missing or changed."""
+    num_names: int
+    """How many names of Megatron are used."""
+
+
+def check(folder: Path, *, also: Sequence[Path] = ()) -> Report:
+    """Check a tree of Megatron.
 
     Args:
         folder: contains `megatron/core`: a source tree, or site-packages.
@@ -51,12 +63,8 @@ def check(folder: Path, *, also: Sequence[Path] = ()) -> list[Change]:
     named = {change.name for change in changes}
     known = recorded.of_version(read_version(folder))
     changes += [each for each in _compare(uses, known) if each.name not in named]
-    return sorted(changes, key=lambda change: change.name)
-
-
-def count_seams(folder: Path, *, also: Sequence[Path] = ()) -> int:
-    """How many names of Megatron the package uses."""
-    return len({use.name for use in read_uses(folder, also=also)})
+    changes.sort(key=lambda change: change.name)
+    return Report(changes=changes, num_names=len({use.name for use in uses}))
 
 
 def record(folder: Path, *, also: Sequence[Path] = ()) -> None:
@@ -83,7 +91,7 @@ def read_version(folder: Path) -> tuple[int, int]:
     numbers = {}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            numbers[ast.unparse(node.targets[0])] = node.value.value
+            numbers[ast.unparse(node.targets[0])] = ast.unparse(node.value)
     return int(numbers["MAJOR"]), int(numbers["MINOR"])
 
 
@@ -98,8 +106,9 @@ def read_uses(folder: Path, *, also: Sequence[Path] = ()) -> list[Use]:
     uses: list[Use] = []
     for top in (PACKAGE_ROOT, *also):
         for path in sorted(top.rglob("*.py")):
-            shown = str(path.relative_to(top.parent))
-            uses += Reader(source, version, path, shown).read()
+            text = path.read_text()
+            if _USES_MEGATRON.search(text):
+                uses += Reader(source, version, text, str(path.relative_to(top.parent))).read()
     return uses
 
 

@@ -145,7 +145,7 @@ class Source:
         if not self.holds(source):
             return OUTSIDE
         origin = self.module(source)
-        return origin and self._look_up(origin, alias.name, seen)
+        return None if origin is None else self._look_up(origin, alias.name, seen)
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

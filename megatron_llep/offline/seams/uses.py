@@ -41,9 +41,9 @@ class Use:
 class Reader:
     """Reads one file."""
 
-    def __init__(self, source: Source, version: tuple[int, int], path: Path, shown: str) -> None:
+    def __init__(self, source: Source, version: tuple[int, int], text: str, shown: str) -> None:
         self._source, self._version, self._shown = source, version, shown
-        tree = ast.parse(path.read_text(), filename=str(path))
+        tree = ast.parse(text, filename=shown)
         self._tree = _LeaveOut(version).visit(tree)
         self._bound: dict[str, Definition] = {}
         self._full: dict[str, str] = {}
