@@ -8,17 +8,20 @@ _WAY_OUT = "install megatron-core 0.19"
 
 
 def refuse_packs(args: Namespace) -> None:
-    """Refuse packed sequences as this Megatron cannot batch them.
+    """Refuse packs that this Megatron cannot hand to all ranks of a tensor-parallel group.
 
     Raises:
         ValueError: names the flag, its value and the way out.
     """
+    if MEGATRON >= (0, 19) or args.tensor_model_parallel_size == 1:
+        return
     for name in ("micro_batch_size", "eval_micro_batch_size"):
         size = getattr(args, name)
-        if MEGATRON < (0, 19) and (size or 1) > 1:
+        if (size or 1) > 1:
             raise ValueError(
-                f"--{name.replace('_', '-')} {size}: Megatron 0.18 takes one pack at a time; give "
-                f"1, and a longer --seq-length, or {_WAY_OUT}"
+                f"--{name.replace('_', '-')} {size}: with --tensor-model-parallel-size above 1 "
+                "Megatron 0.18 takes one pack at a time; give 1, and a longer --seq-length, or "
+                f"{_WAY_OUT}"
             )
 
 
