@@ -47,11 +47,6 @@ class Class:
             else:
                 yield from base.line()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it inherits what is not known here, or answers for any name."""
-        return any(each is None or "__getattr__" in each.methods() for each in self.line())
-
     def methods(self) -> dict[str, Function]:
         """Its own; of several (overloads, setters) the first."""
         found: dict[str, Function] = {}
@@ -68,25 +63,25 @@ class Class:
         return None
 
     def has(self, name: str) -> bool:
-        """Whether instances have an attribute, as far as is known."""
-        known = [each for each in self.line() if each is not None]
-        return self.is_attribute_of(known, name) or self.answers_for_any()
+        """Whether instances have an attribute: defined, set on `self`, or not to be known."""
+        for each in self.line():
+            if each is not None and (
+                name in each.methods() or any(key == name for key, _ in each.fields())
+            ):
+                return True
+        return self.answers_for_any()
 
     def answers_for_any(self) -> bool:
-        """`is_open`, but for torch's modules, whose `__getattr__` finds what was set on them."""
+        """Whether it inherits what is not read, or has a `__getattr__`.
+
+        Not torch's modules, whose `__getattr__` finds what was set on them.
+        """
         for each in self.line():
             if each is None:
                 return True
             if "__getattr__" in each.methods() and not each.module.name.startswith("torch."):
                 return True
         return False
-
-    @staticmethod
-    def is_attribute_of(line: "list[Class]", name: str) -> bool:
-        """Whether one of the classes defines it or sets it on `self`."""
-        return any(
-            name in each.methods() or any(key == name for key, _ in each.fields()) for each in line
-        )
 
     def fields(self) -> Iterator[tuple[str, ast.expr | None]]:
         """What the class body or a method binds, with its annotation where there is one."""

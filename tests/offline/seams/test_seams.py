@@ -50,7 +50,7 @@ FOUND = {
     "MoELayer.routed_experts_compute": ("layer.py", "nothing calls this"),
     "MoELayer.combine": ("layer.py", "combine(more, output"),
     "MoEAlltoAllTokenDispatcher.dispatch_preprocess": ("dispatcher.py", "(x, "),
-    "TransformerConfig.overlap_moe_expert_parallel_comm": ("layer.py", "it has none"),
+    "TransformerConfig.overlap_moe_expert_parallel_comm": ("layer.py", "it is not there"),
 }
 """The ends of the names that are then found: a user of each, and what is said."""
 
