@@ -12,6 +12,17 @@ EXTRAS := train,wandb,plot,hf,dev
 TE_VENV := .venv-te
 TE_READY := $(TE_VENV)/.ready
 
+# Another Megatron: make test-megatron VERSION=0.18.2
+VERSION := 0.18.2
+MEGATRON_VENV = .venv-megatron-$(VERSION)
+MEGATRON_READY = $(MEGATRON_VENV)/.ready
+# What depends on Megatron: the layer, lending, training in every layout, the scripts.
+MEGATRON_TESTS := $(addprefix tests/,device experts integration layer lending matrix models \
+	offline/seams rl scripts sft support training)
+# A part of it that takes a minute: a layer in float64, training in two layouts, changed names.
+OLDEST_TESTS := $(addprefix tests/,layer/test_layer_float64.py layer/test_dispatcher.py \
+	offline/seams integration/test_spec.py sft/test_packs.py training/test_parity.py::test_every_routing)
+
 # Layout of the demo: make demo TP=2 PP=2 EP=2
 TP ?= 1
 PP ?= 1
@@ -20,10 +31,11 @@ EP ?= 2
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup bench demo finetune gpu-check test test-long test-te lint format clean
+.PHONY: help setup bench demo finetune gpu-check test test-long test-te test-megatron test-oldest \
+	lint format clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY) ## make .venv and install everything the other targets need
 
@@ -60,6 +72,17 @@ $(TE_READY): pyproject.toml constraints.txt constraints-te.txt tools/find_python
 test-te: $(TE_READY) ## Transformer Engine's experts on the CPU; builds it once, 20 minutes
 	$(TE_VENV)/bin/python -m pytest -m "te and not slow and not gpu" tests/te
 
+$(MEGATRON_READY): pyproject.toml constraints.txt tools/find_python.sh tools/install_megatron.sh
+	@python=$$(bash tools/find_python.sh) && echo "setup: $$python" && "$$python" -m venv $(MEGATRON_VENV)
+	bash tools/install_megatron.sh $(MEGATRON_VENV) $(VERSION)
+	@touch $@
+
+test-megatron: $(MEGATRON_READY) ## the tests that need Megatron on another one: VERSION=0.18.2
+	$(MEGATRON_VENV)/bin/python -m pytest -m "not slow and not gpu" $(MEGATRON_TESTS)
+
+test-oldest: $(MEGATRON_READY) ## a minute of these, for .ci/run
+	$(MEGATRON_VENV)/bin/python -m pytest -m "not slow and not gpu" $(OLDEST_TESTS)
+
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,5 +92,5 @@ format: $(READY) ## mend style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv, .venv-te and what runs left behind
-	rm -rf $(VENV) $(TE_VENV) runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove .venv, .venv-* and what runs left behind
+	rm -rf $(VENV) $(TE_VENV) .venv-megatron-* runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -28,6 +28,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.nn import functional
 
+from megatron_llep.compat import weight_shards
 from megatron_llep.experts.base import LendableExperts, find_gather_hooks
 from megatron_llep.experts.grouped_linear import ROW_BYTES, Groups, grouped_linear, spread_biases
 from megatron_llep.lending.parcel import Weights
@@ -152,7 +153,7 @@ def check_convertible(module: torch.nn.Module) -> None:
             (expert.linear_fc1, ColumnParallelLinear),
             (expert.linear_fc2, RowParallelLinear),
         ):
-            if type(linear) is not kind or linear.gtp_remat_size > 1:
+            if type(linear) is not kind or weight_shards(linear) > 1:
                 raise ValueError(
                     f"{FLAG}: computes experts of Megatron's own linear layers, not of "
                     f"{type(linear).__name__}; use --transformer-impl local, {_INSTEAD}"

@@ -10,8 +10,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
-from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_llep.compat.training import GPTModelConfig, default_layer_spec
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.arguments import llep_config_from_args
 from megatron_llep.integration.convert import with_llep

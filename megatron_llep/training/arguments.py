@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
+from megatron_llep.compat import read_flag
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
 from megatron_llep.integration.hybrid_pattern import refuse_pattern
@@ -129,7 +130,7 @@ def refuse_flags(args: Namespace, messages: dict[str, str]) -> None:
         ValueError: the message.
     """
     for name, message in messages.items():
-        if getattr(args, name):
+        if read_flag(args, name):
             raise ValueError(message)
 
 

@@ -10,12 +10,13 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
-    flatten_batch_for_packed_sequences,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args
 from megatron.training.utils.common_utils import is_first_or_last_pipeline_stage
+
+from megatron_llep.compat.training import flatten_packs
 
 Batch = dict[str, torch.Tensor | None]
 _MODEL_INPUTS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -52,7 +53,7 @@ def get_batch(
     stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=packed,
+        packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader and not packed,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -67,7 +68,7 @@ def get_batch(
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(**stage),
     )
     if packed:
-        batch = flatten_batch_for_packed_sequences(batch)
+        batch = flatten_packs(batch)
     else:
         batch = get_batch_on_this_cp_rank(
             batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()

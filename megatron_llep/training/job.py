@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.core.enums import ModelType
-from megatron.training import pretrain, set_startup_timestamps
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training import set_startup_timestamps
 
+from megatron_llep.compat.training import train
 from megatron_llep.device import is_cpu_device_installed
 from megatron_llep.lending.progress import Progress
 from megatron_llep.training.arguments import read_arguments
@@ -89,12 +88,6 @@ def run(job: Job, *, started: float) -> None:
 
     set_startup_timestamps(program_start=started, main_entry=time.time())
     with tell_place(args, progress):
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            job.build_datasets,
-            ModelType.encoder_or_decoder,
-            job.forward_step,
-            **job.loop_options(args),
-        )
+        train(args, model_config, job.build_datasets, job.forward_step, **job.loop_options(args))
     save_hf()
     report_peak_memory()

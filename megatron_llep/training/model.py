@@ -3,10 +3,7 @@
 from argparse import Namespace
 from functools import partial
 
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.models.base import ModelConfig
-from megatron.training.models.gpt import GPTModelConfig
-
+from megatron_llep.compat.training import GPTModelConfig, ModelConfig, gpt_config_from_args
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.integration.hybrid_pattern import read_pattern

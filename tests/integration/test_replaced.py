@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_utils import skip_routed_expert_padding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_llep.compat.settings import refused_by
 from megatron_llep.experts.te_grouped import leave_fused_operations
 from megatron_llep.integration.convert import convert_model, with_llep
 from megatron_llep.integration.settings.table import (
@@ -28,6 +29,7 @@ from support.parity import Case, compare_all
 from support.ranks import run_ranks
 from support.routing import Routing
 from support.training import Chunks, Run, build_model, make_config, train
+from support.versions import ABSENT_SETTINGS
 
 EP2 = Layout(ep=2)
 
@@ -121,9 +123,18 @@ def test_every_setting_is_one_of_megatrons():
     }
     for setting in SETTINGS:
         for name in [setting.name, *setting.runs] if setting.name else []:
-            assert name in known
-        if setting.flag:
-            assert setting.flag in parser._option_string_actions
+            assert (name in known) != (name in ABSENT_SETTINGS)
+        if flag := setting.flag:
+            assert (flag in parser._option_string_actions) != (flag in ABSENT_SETTINGS)
+
+
+def test_what_a_new_megatron_brings_is_refused():
+    assert refused_by((0, 19)) == []
+    assert [name for name, _, _ in refused_by((0, 20))] == [
+        "moe_use_grouped_tensor",
+        "batch_invariant_mode",
+    ]
+    assert refused_by((0, 21)) == refused_by((0, 20))
 
 
 def test_experts_leave_transformer_engines_fused_operations():

@@ -11,6 +11,7 @@ from support.parity import Case, compare_all
 from support.ranks import run_ranks
 from support.routing import Routing
 from support.training import Run, train
+from support.versions import needs_megatron
 
 EP2 = Layout(ep=2)
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
@@ -81,12 +82,6 @@ LAYERS = cases(
     },
     # Megatron's log of these layers' losses has the size that it had at first.
     prediction={"mtp_num_layers": 2},
-    prediction_recomputed={
-        "mtp_num_layers": 2,
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
 )
 EMBEDDINGS = {
     f"{name}": Case(Run(layout=EP2, steps=STEPS, config=config, tied_embeddings=True))
@@ -101,6 +96,17 @@ EMBEDDINGS = {
 )
 def test_every_model(group):
     compare_all(group)
+
+
+@needs_megatron((0, 19), "recompute of prediction layers")
+def test_prediction_layers_recomputed():
+    config = {
+        "mtp_num_layers": 2,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    compare_all(cases(recomputed=config))
 
 
 def test_bf16_models_with_a_router_in_higher_precision():

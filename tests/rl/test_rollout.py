@@ -21,7 +21,7 @@ ARGS = {
     "grpo_group_size": 3,
     "rl_max_new_tokens": 5,
     "rl_prompts_per_eval": 3,
-    "rl_generation_batch_size": None,
+    "rl_answers_at_a_time": None,
     "rl_routing_replay": "none",
     "rl_task": "mine",
     "seq_length": 12,
@@ -89,7 +89,7 @@ def test_every_prompt_has_its_turn_once_an_epoch():
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-@pytest.mark.parametrize("changed", [{}, {"rl_generation_batch_size": 4}], ids=["", "in parts"])
+@pytest.mark.parametrize("changed", [{}, {"rl_answers_at_a_time": 4}], ids=["", "in parts"])
 def test_ranks_together_answer_what_one_answers_alone(changed):
     def ask(model):
         player = make_player(rl_routing_replay="R3", **changed)

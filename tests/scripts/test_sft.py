@@ -7,6 +7,8 @@ import sys
 import pytest
 from script_runs import ROOT, run_config
 
+from support.versions import needs_megatron
+
 CONFIG = ROOT / "configs" / "sft-demo.yaml"
 SCRIPT = ROOT / "finetune" / "sft_gpt.py"
 STEPS, HALF = 6, 3
@@ -73,6 +75,7 @@ def test_answers_are_evaluated_once_an_evaluation(plain):
     assert all(0 <= float(share) <= 1 for _, share in found)
 
 
+@needs_megatron((0, 19), "several packs a micro-batch under tensor parallelism")
 def test_tensor_parallel_on_megatrons_sft_flag(train):
     layout = {"tensor-model-parallel-size": 2, "expert-tensor-parallel-size": 1}
     layout["sequence-parallel"] = True

@@ -4,6 +4,8 @@ from typing import Any
 
 from megatron.core.transformer.enums import InferenceCudaGraphScope
 
+from megatron_llep.compat import MEGATRON
+from megatron_llep.compat.settings import refused_by
 from megatron_llep.integration.graphs import uncapturable
 from megatron_llep.integration.settings.setting import Setting, has_value
 
@@ -167,4 +169,6 @@ _ARGUMENTS = (
 )
 """Of these only Megatron's arguments know."""
 
-REFUSED = _CONFIGURATION + _ARGUMENTS
+_NEW = tuple(_refuse(*each) for each in refused_by(MEGATRON))
+
+REFUSED = _CONFIGURATION + _NEW + _ARGUMENTS

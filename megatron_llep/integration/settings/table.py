@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
+from megatron_llep.compat import read_flag
 from megatron_llep.integration import graphs
 from megatron_llep.integration.settings.refused import REFUSED
 from megatron_llep.integration.settings.refused_elsewhere import REFUSED_ELSEWHERE
@@ -77,7 +78,7 @@ def read_arguments_as_config(args: Namespace) -> Namespace:
     Megatron itself makes a configuration of them only after it has validated them.
     """
     expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    shards = args.expert_tensor_parallel_num_weight_shards or expert_tp
+    shards = read_flag(args, "expert_tensor_parallel_num_weight_shards") or expert_tp
     renamed = {
         "num_moe_experts": args.num_experts,
         "cuda_graph_modules": args.cuda_graph_modules or args.cuda_graph_scope_deprecated,

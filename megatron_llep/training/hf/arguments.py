@@ -7,6 +7,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_llep.compat.refusals import refuse_hf
 from megatron_llep.training.hf.config_file import read_config
 from megatron_llep.training.hf.shape import shape_of
 from megatron_llep.training.hf.weight_files import check_against_config, list_tensors
@@ -74,6 +75,7 @@ def check_hf_arguments(args: Namespace) -> None:
     if source is None:
         return
     flag, folder = source
+    refuse_hf(flag, folder)
     config = read_config(flag, folder)
     shape = shape_of(config)
     _check_packages(flag, folder)

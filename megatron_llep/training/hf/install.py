@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.training.checkpointing import checkpoint_exists
-from megatron.training.models.base import ModelConfig
 from megatron.training.utils import print_rank_0
 
+from megatron_llep.compat.training import ModelConfig
 from megatron_llep.training.hf.arguments import hf_source
 
 Chunks = list[torch.nn.Module]

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from itertools import pairwise
 
+from megatron_llep.compat.rl_flags import add_group
 from megatron_llep.training.arguments import refuse_flags
 from megatron_llep.training.chat import check_chat_arguments
 
@@ -52,7 +53,7 @@ _REFUSED = {
 
 def add_rl_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the flags that Megatron lacks."""
-    group = parser.add_argument_group(title="reinforcement learning on a task")
+    group = add_group(parser, "reinforcement learning on a task")
     group.add_argument(
         "--rl-task",
         metavar="PLACE:FUNCTION",
@@ -64,6 +65,8 @@ def add_rl_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--rl-generation-batch-size",
+        dest="rl_answers_at_a_time",
+        metavar="ANSWERS",
         type=int,
         help="Most answers a rank generates at a time, which bounds the memory of keys and values. "
         "Default: all of a rollout.",
@@ -196,9 +199,9 @@ def _check_batches(args: Namespace) -> None:
                 "(--grpo-prompts-per-step x --grpo-group-size x --grpo-iterations / "
                 "--global-batch-size) and is not part of a checkpoint; give a multiple of that"
             )
-    if args.rl_generation_batch_size is not None and args.rl_generation_batch_size < 1:
+    if args.rl_answers_at_a_time is not None and args.rl_answers_at_a_time < 1:
         raise ValueError(
-            f"--rl-generation-batch-size {args.rl_generation_batch_size}: give 1 or more, or leave "
+            f"--rl-generation-batch-size {args.rl_answers_at_a_time}: give 1 or more, or leave "
             "it out"
         )
 

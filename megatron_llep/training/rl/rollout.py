@@ -184,7 +184,7 @@ class Player:
 
     def _cut(self, number: int) -> list[slice]:
         """As many parts on every rank, at least one."""
-        size = self._args.rl_generation_batch_size
+        size = self._args.rl_answers_at_a_time
         if size is None:
             return [slice(0, number)]
         most = torch.tensor([number], device=torch.cuda.current_device())

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.training.utils.common_utils import get_blend_and_blend_per_split
 
+from megatron_llep.compat.refusals import refuse_packs
 from megatron_llep.training.arguments import refuse_flags, require_data
 from megatron_llep.training.chat import check_chat_arguments
 from megatron_llep.training.sft.answers import AnswerCheck
@@ -89,6 +90,7 @@ def check_sft(args: Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size}: not supported with packed "
             "conversations; leave the flag out"
         )
+    refuse_packs(args)
     pipeline = args.pipeline_model_parallel_size
     for name in ("micro_batch_size", "eval_micro_batch_size"):
         size = getattr(args, name)

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from megatron_llep.offline import seams
 from megatron_llep.offline.cli import doctor, main
 
 
@@ -69,19 +71,25 @@ def test_nvidia_s_apex(tmp_path, monkeypatch):
 
 
 def test_a_seam_that_is_gone(monkeypatch):
-    moe = "megatron.core.transformer.moe"
-    monkeypatch.setitem(doctor.SEAMS, f"{moe}.experts", ("SequentialMLP.no_such_method",))
-    monkeypatch.setitem(doctor.SEAMS, f"{moe}.no_such_module", ("anything",))
-    missing = [f"{moe}.experts.SequentialMLP.no_such_method", f"{moe}.no_such_module"]
-    assert doctor.find_missing_seams() == missing
-    states = {finding.what: finding.state for finding in doctor.check_megatron()}
-    assert states[f"Megatron lacks what LLEP extends: {', '.join(missing)}"] == "BROKEN"
+    change = seams.Change(
+        name="megatron.core.gone", file=Path("core.py"), expected="it", found="nothing", users=()
+    )
+    monkeypatch.setattr(
+        doctor.seams, "check", lambda folder: seams.Report(changes=[change], num_names=1)
+    )
+    (finding,) = doctor.check_seams()
+    assert finding.state == "BROKEN"
+    assert "megatron.core.gone" in finding.what
+    assert "pip install" in finding.remedy
 
 
-@pytest.mark.parametrize("version", ["0.18.2", "0.20.0"])
-def test_another_megatron(monkeypatch, version):
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [("0.17.1", "BROKEN"), ("0.18.2", "note"), ("0.20.0", "note"), ("0.21.0", "BROKEN")],
+)
+def test_another_megatron(monkeypatch, version, state):
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version)
     finding = next(iter(doctor.check_megatron()))
-    assert finding.state == "BROKEN"
+    assert finding.state == state
     assert version in finding.what
-    assert "pip install" in finding.remedy
+    assert finding.remedy
