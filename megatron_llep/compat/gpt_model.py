@@ -30,6 +30,8 @@ class GPTModelConfig:
     transformer_layer_spec: Layers | Callable[..., Layers] | None = None
     pre_wrap_hooks: list[Callable[[Chunks], Chunks]] = field(default_factory=list)
     """Called with all chunks before DDP wraps them; they change them in place."""
+    mtp_layers: Callable[..., Any] | None = None
+    """Makes the specification of multi-token prediction of settings, layers and `vp_stage`."""
     post_wrap_hooks: list[Callable[[Chunks], Chunks]] = field(default_factory=list)
     """There is no place to call them."""
 
@@ -103,10 +105,14 @@ def _build_chunk(
         layers = default_layer_spec(config, vp_stage)
     elif callable(layers) and not isinstance(layers, ModuleSpec):
         layers = layers(config, vp_stage=vp_stage)
+    if config.mtp_layers is None:
+        mtp = _build_mtp_spec(config.transformer, vp_stage)
+    else:
+        mtp = config.mtp_layers(config.transformer, layers, vp_stage)
     return GPTModel(
         config=config.transformer,
         transformer_layer_spec=layers,
-        mtp_block_spec=_build_mtp_spec(config.transformer, vp_stage),
+        mtp_block_spec=mtp,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,

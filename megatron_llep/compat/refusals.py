@@ -25,6 +25,32 @@ def refuse_packs(args: Namespace) -> None:
             )
 
 
+def refuse_hybrid(pattern: str) -> None:
+    """Refuse hybrid models that this Megatron's loop does not describe.
+
+    Raises:
+        ValueError: names the flag, its value and the way out.
+    """
+    if MEGATRON < (0, 19):
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern}: with Megatron 0.18 only scripts of your own train "
+            f"hybrid models, by llep_hook; {_WAY_OUT}"
+        )
+
+
+def refuse_latent_attention() -> None:
+    """Refuse to complete an older Megatron's multi-latent attention of local layers.
+
+    Raises:
+        ValueError: names the flag and the way out.
+    """
+    if MEGATRON < (0, 19):
+        raise ValueError(
+            "--multi-latent-attention: with Megatron 0.18 it needs Transformer Engine; leave the "
+            f"flag out, or {_WAY_OUT}"
+        )
+
+
 def refuse_hf(flag: str, folder: object) -> None:
     """Refuse Hugging Face models where megatron-bridge does not fit Megatron.
 

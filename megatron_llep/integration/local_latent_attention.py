@@ -27,6 +27,8 @@ from megatron.core.transformer.multi_latent_attention import (
 )
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_llep.compat.latent_attention import resolve_norms
+from megatron_llep.compat.refusals import refuse_latent_attention
 from megatron_llep.integration.local_norm import build_norm
 
 
@@ -36,6 +38,7 @@ def check_latent_attention(config: MLATransformerConfig) -> None:
     Raises:
         ValueError: names the flag, its value and the way out.
     """
+    refuse_latent_attention()
     if config.qk_l2_norm:
         raise ValueError(
             "--qk-l2-norm: Megatron has no such norm in --multi-latent-attention; use "
@@ -68,7 +71,7 @@ class LocalMLASelfAttention(MLASelfAttention):
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         config = self.config
         if config.q_lora_rank is not None or not config.qk_layernorm:
-            return super()._resolve_qk_norm_config(submodules)
+            return resolve_norms(config, submodules)
         # Of queries there are no others.
         return {
             "linear_q_proj": NormedColumnParallelLinear,

@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.training.argument_utils import hybrid_config_from_args
-from megatron.training.models.hybrid import HybridModelConfig
 
+from megatron_llep.compat.training import HybridModelConfig, hybrid_config_from_args
 from megatron_llep.integration.hybrid_spec import build_local_hybrid_spec
 
 Chunks = list[torch.nn.Module]

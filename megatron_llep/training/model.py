@@ -3,6 +3,7 @@
 from argparse import Namespace
 from functools import partial
 
+from megatron_llep.compat import read_flag
 from megatron_llep.compat.training import GPTModelConfig, ModelConfig, gpt_config_from_args
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.convert import convert_model
@@ -27,7 +28,7 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
         from megatron_llep.training.hybrid import build_hybrid_config
 
         config = build_hybrid_config(what_runs)
-    if args.moe_routing_trace_path:
+    if read_flag(args, "moe_routing_trace_path"):
         from megatron_llep.training.routing_trace import trace_hook
 
         config.pre_wrap_hooks.append(trace_hook(args))

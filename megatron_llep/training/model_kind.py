@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+from megatron_llep.compat.refusals import refuse_hybrid
 from megatron_llep.device import is_cpu_device_installed
 from megatron_llep.integration.hybrid_pattern import read_pattern, refuse_kernels
 
@@ -41,6 +42,7 @@ def check_kind(args: Namespace, *, hybrid: bool) -> None:
             "--hybrid-layer-pattern is missing: give one symbol a layer, such as *E*E (* attention,"
             " E experts), or use pretrain/pretrain_gpt.py"
         )
+    refuse_hybrid(pattern)
     for name in _HF_FLAGS:
         if getattr(args, name) is not None:
             raise ValueError(

@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.router_trace import (
+from megatron.core.utils import unwrap_model
+
+from megatron_llep.compat.routing_trace import (
     RouterTracer,
     get_moe_router_tracer,
     init_moe_router_tracer,
 )
-from megatron.core.utils import unwrap_model
 
 Chunks = list[torch.nn.Module]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import AbstractSchedulePlan
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
@@ -21,7 +21,7 @@ _SPIKE = 10
 
 def forward_step(
     data_iterator: Iterator[Batch] | None,
-    model: LanguageModule,
+    model: GPTModel,
     return_schedule_plan: bool = False,
     *,
     packed: bool = False,
@@ -30,7 +30,7 @@ def forward_step(
 
     Args:
         data_iterator: None where no data is read.
-        model: this rank's chunk.
+        model: this rank's chunk; or that of a hybrid model, which is asked for no plan.
         return_schedule_plan: whether the schedule runs the model itself, step by step, as under
             `--overlap-moe-expert-parallel-comm`.
         packed: whether sequences are packs, with cu_seqlens.
