@@ -69,6 +69,8 @@ def test_every_command_is_known_here():
         "make test",
         "make bench",
         "torchrun --nproc-per-node 8 pretrain/pretrain_gpt.py YOUR_MEGATRON_FLAGS --moe-llep",
+        "torchrun --nproc-per-node 8 pretrain/pretrain_hybrid.py --hybrid-layer-pattern '*E*E' "
+        "YOUR_MEGATRON_FLAGS --moe-llep",
         "python tools/launch.py configs/tiny.yaml --dry-run -- --mock-data",
         *COMMAND_LINE,
     ]
