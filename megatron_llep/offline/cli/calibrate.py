@@ -114,7 +114,7 @@ def describe_model(model: CostModel) -> str:
         ("inside the node", _describe_link(model.intra_node)),
         ("between nodes", _describe_link(model.inter_node)),
         ("overlap", f"{model.overlap:.0%} of what two exchanges at once can save"),
-        ("planning", f"{model.planning_seconds * 1e6:.3g} us a layer"),
+        ("planning", f"{model.planning_seconds * 1e6:.0f} us a layer"),
     ]
     return format_table(rows, "<<")
 
