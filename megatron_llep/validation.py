@@ -69,7 +69,7 @@ def find_all_refusals(config: TransformerConfig, llep: LLEPConfig) -> Iterator[s
             "and --kitchen-recipe-number"
         )
     if llep.dispatcher == "flex":
-        yield from find_flex_refusals(config)
+        yield from find_flex_refusals(config, llep.replicas)
     yield from find_refusals(config)
 
 

@@ -89,6 +89,12 @@ def test_the_flex_dispatcher_without_what_it_needs(changes, named):
     assert named in str(error.value)
 
 
+def test_replicas_with_one_buffer_for_the_process():
+    llep = replace(EAGER, dispatcher="flex", replicas="expert-dp")
+    with pytest.raises(ValueError, match=r"--moe-llep-replicas expert-dp: .* use deepep"):
+        check_config(config_with(**HYBRIDEP), llep)
+
+
 def test_back_ends_that_differ_between_ranks():
     def work(rank, size):
         from megatron.core.transformer.moe import fused_a2a

@@ -161,6 +161,7 @@ class Buffer:
         assert topk_weights is not None
         assert topk_weights.dtype == torch.float32
         assert topk_weights.shape == topk_idx.shape
+        assert topk_weights.is_contiguous()
         assert is_token_in_rank is not None
         assert num_tokens_per_expert is not None
         rows = Rows.of(is_token_in_rank, self.group)
@@ -183,8 +184,10 @@ class Buffer:
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        assert x.is_contiguous()
         weights = None
         if topk_weights is not None:
+            assert topk_weights.is_contiguous()
             assert topk_weights.dtype == torch.float32
             weights = handle.add_up(topk_weights)
         return handle.add_up(x), weights, _end(async_finish)

@@ -17,11 +17,12 @@ _PACKAGES = {
 """Of each back end that LLEP can use: where Megatron looks for it."""
 
 
-def find_flex_refusals(source: Any) -> Iterator[str]:
+def find_flex_refusals(source: Any, replicas: str) -> Iterator[str]:
     """What the setting refuses in a configuration: flag, value and way out of each.
 
     Args:
         source: a `TransformerConfig`, or Megatron's arguments under its names.
+        replicas: the value of `--moe-llep-replicas`.
     """
     kind, back_end = source.moe_token_dispatcher_type, source.moe_flex_dispatcher_backend
     if kind != "flex":
@@ -41,6 +42,12 @@ def find_flex_refusals(source: Any) -> Iterator[str]:
         yield (
             f"--overlap-moe-expert-parallel-comm: not tried with {_FLAG}; leave it out, "
             f"{_LEAVE_OUT}"
+        )
+    if back_end == "hybridep" and replicas != "none":
+        yield (
+            f"--moe-llep-replicas {replicas}: not supported with {_FLAG} and "
+            "--moe-flex-dispatcher-backend hybridep, whose one buffer is of the group that used it "
+            f"first, which may be that of plain layers; use deepep, {_LEAVE_OUT}"
         )
     if back_end == "hybridep" and source.fp8:
         yield f"--fp8-format {source.fp8}: {FP8_WITH_HYBRIDEP}"

@@ -40,6 +40,11 @@ _ROWS = (
         "it has not been tried: leave one of them out",
     ),
     (
+        "`--moe-llep-dispatcher flex` with HybridEP and `--moe-llep-replicas expert-dp`",
+        "its one buffer is of the group that used it first, which may be that of plain layers: use "
+        "`--moe-flex-dispatcher-backend deepep`, or leave one of them out",
+    ),
+    (
         "`--moe-llep-dispatcher flex` with HybridEP and experts in FP8",
         "HybridEP would pad the rows of experts, which LLEP counts by its plan: use "
         "`--moe-flex-dispatcher-backend deepep`, or leave it out",

@@ -44,6 +44,8 @@ SEAMS = {
         "MoEAlltoAllTokenDispatcher.dispatch_preprocess",
         "MoEAlltoAllTokenDispatcher.dispatch_postprocess",
         "MoEAlltoAllTokenDispatcher.combine_preprocess",
+        "MoEFlexTokenDispatcher.dispatch_preprocess",
+        "MoETokenDispatcher.set_shared_experts",
     ),
     "megatron.training.argument_utils": ("ArgumentGroupFactory",),
     "megatron.training.models.gpt": ("GPTModelConfig", "default_layer_spec"),
