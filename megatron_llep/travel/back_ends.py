@@ -10,7 +10,7 @@ adds up, for each token, what those ranks send back.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,8 +43,13 @@ class Addresses:
 class BackEnd(ABC):
     """How a manager of Megatron is told what goes where, and what arrives."""
 
-    takes_any_number: ClassVar[bool]
-    """Whether S may change from one call to the next."""
+    def __init__(self, most_slots: int):
+        """Of a rank that never has more slots than these."""
+        self.most_slots = most_slots
+
+    @abstractmethod
+    def count_slots(self, needed: int) -> int:
+        """M + S where a plan needs so many."""
 
     @abstractmethod
     def address(self, manager: Any, to: Addresses, probs: torch.Tensor) -> torch.Tensor:
@@ -73,7 +78,9 @@ class DeepEP(BackEnd):
     Its buffer depends on the hidden size and the ranks alone.
     """
 
-    takes_any_number = True
+    def count_slots(self, needed: int) -> int:
+        """As many as are needed."""
+        return needed
 
     def address(self, manager: Any, to: Addresses, probs: torch.Tensor) -> torch.Tensor:
         """Slots of each token, int64 [T, K * tp], -1 where it has fewer; fp32 of the same shape."""
@@ -94,10 +101,10 @@ class DeepEP(BackEnd):
         assert manager.tokens_per_expert.tolist() == rows_per_slot.tolist(), (
             "other tokens arrived than the plan sends"
         )
-        places = self._list_places(manager)
-        shape = (len(tokens), manager.num_local_experts + 1)
+        # As wide as it ever is: kernels are compiled for a width.
+        shape = (len(tokens), self.most_slots + 1)
         is_here = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
-        is_here = is_here.scatter_(1, places, True)[:, :-1].contiguous()
+        is_here = is_here.scatter_(1, self._list_places(manager), True)[:, :-1].contiguous()
         return place_tokens(is_here, np.array([[0], [int(rows_per_slot.sum())]]))
 
     def open(
@@ -105,7 +112,7 @@ class DeepEP(BackEnd):
     ) -> Rows:
         """From tokens [A, H] and probabilities fp32 [A, K * tp]."""
         assert arrival is not None
-        dense = probs.new_zeros(len(tokens), manager.num_local_experts + 1)
+        dense = probs.new_zeros(len(tokens), self.most_slots + 1)
         dense = dense.scatter(1, self._list_places(manager), probs)[:, :-1]
         of_rows = dense.reshape(-1).index_select(0, arrival.pair_index)
         if manager.router_dtype == "fp64":
@@ -118,9 +125,9 @@ class DeepEP(BackEnd):
         return add_up(rows, arrival, len(manager.dispatched_indices))
 
     def _list_places(self, manager: Any) -> torch.Tensor:
-        """int64 [A, K * tp]: slots of this rank, and M + S for those that are none."""
+        """int64 [A, K * tp]: slots of this rank, and one behind them all for those of others."""
         slots = manager.dispatched_indices
-        return slots.masked_fill(slots < 0, manager.num_local_experts)
+        return slots.masked_fill(slots < 0, self.most_slots)
 
 
 class HybridEP(BackEnd):
@@ -129,7 +136,9 @@ class HybridEP(BackEnd):
     Its buffer is made for so many experts a rank, and its kernels are compiled for them.
     """
 
-    takes_any_number = False
+    def count_slots(self, needed: int) -> int:
+        """Always the same."""
+        return self.most_slots
 
     def address(self, manager: Any, to: Addresses, probs: torch.Tensor) -> torch.Tensor:
         """A map, bool [T, V], and probabilities of that shape; padded as the model asks for."""
@@ -160,5 +169,5 @@ class HybridEP(BackEnd):
         return rows
 
 
-BACK_ENDS: dict[str, BackEnd] = {"deepep": DeepEP(), "hybridep": HybridEP()}
+BACK_ENDS: dict[str, type[BackEnd]] = {"deepep": DeepEP, "hybridep": HybridEP}
 """By `--moe-flex-dispatcher-backend`."""

@@ -41,9 +41,9 @@ class FlexDispatcher(LLEPTokenDispatcher, MoEFlexTokenDispatcher):
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
         self.cuda_dtoh_stream = torch.cuda.Stream()
-        self.back_end = BACK_ENDS[self.config.moe_flex_dispatcher_backend]
         most = self.llep.max_foreign_experts
-        self.most_foreign: int = self.num_native if most is None else most
+        most_slots = self.num_native + (self.num_native if most is None else most)
+        self.back_end = BACK_ENDS[self.config.moe_flex_dispatcher_backend](most_slots)
 
     def sort_by_slot(
         self, placed: Placed, tokens: torch.Tensor, probs: torch.Tensor, parts: Sequence[int]
@@ -68,10 +68,7 @@ class FlexDispatcher(LLEPTokenDispatcher, MoEFlexTokenDispatcher):
         self, placed: Placed, tokens: torch.Tensor, probs: torch.Tensor
     ) -> tuple[Placed, torch.Tensor, torch.Tensor]:
         """Tokens [T, H] as they are, and the probabilities of their slots."""
-        num_foreign = (
-            placed.plan.max_foreign if self.back_end.takes_any_number else self.most_foreign
-        )
-        slots_per_rank = self.num_native + num_foreign
+        slots_per_rank = self.back_end.count_slots(self.num_native + placed.plan.max_foreign)
         manager = copy.copy(self._comm_manager)
         manager.num_local_experts = slots_per_rank
         manager.num_experts = self.ep_size * self.tp_size * slots_per_rank

@@ -19,6 +19,7 @@ from megatron_llep.placement.forward import Planned
 from support import deep_ep_stand_in
 from support.chaos import watch_collectives
 from support.comparison import get_relative_difference
+from support.host_reads import HostReads, run_backward
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
 from support.parity import Case, compare_one
@@ -139,6 +140,21 @@ def compare_steps(layout: Layout, rank: int, back_end: str) -> None:
     assert_same(results[1], results[0], TOLERANCE)
 
 
+def check_host_reads(layout: Layout, rank: int, back_end: str) -> None:
+    """But for the counts, nothing of LLEP's or Megatron's waits for the GPU."""
+    layer = build(layout, rank, Layer(), back_end)
+    convert_model([layer], FLEX)
+    hidden = torch.rand(T, 1, H, dtype=torch.float64, requires_grad=True)
+    with HostReads([hidden, *layer.parameters(), *layer.buffers()]) as reads:
+        output, _ = layer(hidden)
+        run_backward(output, torch.ones_like(output))
+    # Where kernels place pairs on a GPU, loops of the host do on a CPU.
+    on_cpu_alone = ("/placement/tokens.py", "/deep_ep_stand_in.py")
+    found = [each for each in reads.found if not any(name in each for name in on_cpu_alone)]
+    assert len(found) == 1, found
+    assert "/placement/counting.py" in found[0]
+
+
 def train_flex(layout: Layout, back_end: str, llep: LLEPConfig = FLEX, **config: Any) -> None:
     """A model of the same layers, plain and with LLEP."""
     flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": back_end}
@@ -159,6 +175,7 @@ def compare_layouts(rank: int, size: int, layouts: Mapping[Layout, Mapping[str, 
                         raise
                 if layout == Layout(ep=2):
                     compare_steps(layout, rank, back_end)
+                    check_host_reads(layout, rank, back_end)
 
 
 def test_two_ranks():
@@ -174,7 +191,6 @@ def test_four_ranks():
     run_ranks(compare_layouts, 4, layouts, timeout=240)
 
 
-@pytest.mark.slow
 def test_training():
     """With Megatron's DDP, whose `main_grad` gets what comes home."""
 
