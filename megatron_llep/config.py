@@ -12,6 +12,7 @@ REPLICAS = ("none", "expert-dp")
 GRAD_DTYPES = ("fp32", "param")
 LEND_TO = ("any_node", "own_node")
 EXPERT_GEMMS = ("megatron", "grouped_mm")
+DISPATCHERS = ("alltoall", "flex")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,12 @@ class LLEPConfig:
     quota allows, which saves traffic. rank_order: sources fill holders in rank order, as the
     paper's reference code does."""
 
+    dispatcher: Literal["alltoall", "flex"] = "alltoall"
+    """How tokens travel. alltoall: by all-to-all, whichever dispatcher the model asks for. flex: by
+    the back end that --moe-token-dispatcher-type flex and --moe-flex-dispatcher-backend (deepep or
+    hybridep) name, which sends a token once to a rank with several of its experts; tested on a
+    CPU with a stand-in for the back ends' buffers, not yet run on GPUs."""
+
     foreign_weights: Literal["keep", "refetch"] | None = None
     """Where lent weights are between forward and backward. keep: with their borrower. refetch:
     they are freed after forward and lent again in backward, so that memory does not grow with
@@ -113,6 +120,7 @@ class LLEPConfig:
             "calibrate` wrote, or choose another planner",
         )
         _require_choice("--moe-llep-token-assignment", self.token_assignment, ORDERS)
+        _require_choice("--moe-llep-dispatcher", self.dispatcher, DISPATCHERS)
         if self.foreign_weights is not None:
             _require_choice("--moe-llep-foreign-weights", self.foreign_weights, FOREIGN_WEIGHTS)
         _require_choice("--moe-llep-grad-dtype", self.grad_dtype, GRAD_DTYPES)

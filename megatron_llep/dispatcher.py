@@ -1,45 +1,34 @@
-"""Token dispatch over physical slots: Megatron's all-to-all dispatcher, with a plan.
+"""Token dispatch over physical slots: what all ways to travel share.
 
 Letters: T tokens of this rank, H hidden size, E experts, D replicas of each (1, unless tokens are
 spread over replicas), P ranks that share the tokens, M = D * E / P native and S foreign slots a
-rank, R = P * tp sources (expert-parallel major; tp is the expert-tensor-parallel size), N pairs.
+rank, R = P * tp sources (expert-parallel major; tp is the expert-tensor-parallel size), N pairs,
+n rows of a part of the slots.
 
 The plan changes only which slot a (token, expert) pair goes to: E experts become P * (M + S) slots.
-Each step takes the record of its forward off the tokens it is given and lets it ride on those it
-returns (`placement.forward`); the dispatcher itself keeps settings only.
+Here it is made, and pairs are given their slots; a subclass (`travel`) knows how rows get there and
+back, and is a dispatcher of Megatron's as well. Each step takes the record of its forward off the
+tokens it is given and lets it ride on those it returns (`placement.forward`); the dispatcher itself
+keeps settings only.
 """
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    all_to_all,
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer.moe.moe_utils import unpermute
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.ranges import step
-from megatron_llep.placement import (
-    gather_rows,
-    join_by_source,
-    list_pairs,
-    place_tokens,
-    split_by_slot,
-    sum_rows,
-)
+from megatron_llep.placement import list_pairs, place_tokens
 from megatron_llep.placement.counting import CountTable
 from megatron_llep.placement.exchange import TokenExchange
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, take
-from megatron_llep.placement.travel import exchange_rows
 from megatron_llep.planner import Topology, plan_over_replicas
 from megatron_llep.planner.cost.layer import get_layer_cost
 
@@ -47,8 +36,14 @@ Part = tuple[torch.Tensor, torch.Tensor]
 """Rows [n, H] of some of the slots, by slot, and the router's weight of each [n]."""
 
 
-class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """Sends tokens to the slots of a plan made from this micro-batch's counts."""
+class LLEPTokenDispatcher(MoETokenDispatcher):
+    """Sends tokens to the slots of a plan made from this micro-batch's counts.
+
+    A subclass names one of Megatron's dispatchers as its second base.
+    """
+
+    cuda_dtoh_stream: torch.cuda.Stream
+    """On which counts come to the host; of Megatron's dispatcher, or of the subclass."""
 
     def __init__(
         self,
@@ -72,7 +67,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             ranks_per_node=llep.ranks_per_node, lend_across_nodes=llep.lend_to == "any_node"
         )
         # pg_collection.ep may be several expert-parallel groups joined, each with all E experts.
-        self.num_replicas = self.ep_size * num_local_experts // self.num_experts
+        self.num_replicas = self.ep_size * num_local_experts // config.num_moe_experts
         self.cost = get_layer_cost(config, llep)
         self.progress = progress or Progress()
         self.compares_at_once = dist.get_backend(self.tp_ep_group) == "gloo"
@@ -156,7 +151,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Order tokens by the slot they go to.
+        """Give each pair its slot, and make ready what is sent.
 
         Args:
             hidden_states: [..., H], T tokens.
@@ -164,7 +159,7 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             probs: [T, E].
 
         Returns:
-            Tokens [N, H] and their probabilities [N], by physical slot.
+            What `_lay_out` makes of tokens and probabilities.
         """
         if find(Routed, routing_map) is None:
             hand_on(self.start_count(routing_map), routing_map)
@@ -182,71 +177,32 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
             topology=self.topology,
             device=hidden_states.device,
         )
-        placement = place_tokens(routing_map, exchange.chunks, planned.pairs)
-        rows = gather_rows(hidden_states.view(-1, hidden_states.shape[-1]), placement)
-        row_probs = probs.reshape(-1).index_select(0, placement.pair_index)
         placed = Placed(
             **vars(planned),
-            placement=placement,
+            placement=place_tokens(routing_map, exchange.chunks, planned.pairs),
             hidden_shape=hidden_states.shape,
             probs_dtype=probs.dtype,
             exchange=exchange,
         )
+        hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
+        placed, rows, probs = self._lay_out(placed, hidden_states, probs)
         hand_on(placed, rows)
-        return rows, row_probs
+        return rows, probs
 
     def token_dispatch(
         self, tokens: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exchange tokens [N, H] and probabilities [N] between the P ranks.
+        """Send what `dispatch_preprocess` returned, and receive what others send.
 
-        `Planned.meanwhile` runs while tokens travel; then, as Megatron has it, the first linear of
-        overlapping shared experts.
+        `Planned.meanwhile` runs when tokens are on their way; then, as Megatron has it, the first
+        linear of overlapping shared experts.
         """
         placed = take(Placed, tokens)
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        tokens = self._exchange(tokens, placed.exchange, meanwhile=placed.meanwhile)
-        if self.shared_experts is not None:
-            self.shared_experts.linear_fc1_forward_and_act(tokens)
-        probs = self._exchange(probs, placed.exchange)
+        placed, tokens, probs = self._send(placed, tokens, probs)
         hand_on(placed, tokens)
         return tokens, probs
-
-    def sort_by_slot(
-        self, placed: Placed, tokens: torch.Tensor, probs: torch.Tensor, parts: Sequence[int]
-    ) -> list[Part]:
-        """Sort what arrived by slot, into a tensor for each part of the slots.
-
-        Args:
-            placed: of this forward.
-            tokens: [N, H], as they arrived.
-            probs: [N].
-            parts: how many slots each part has; M + S in all.
-        """
-        if self.tp_size > 1:
-            gather = partial(
-                gather_from_sequence_parallel_region,
-                group=self.tp_group,
-                output_split_sizes=placed.exchange.gathered,
-            )
-            tokens, probs = gather(tokens), gather(probs)
-        by_slot, per_slot = placed.exchange.by_slot, placed.exchange.rows_per_slot
-        sizes = [int(of_part.sum()) for of_part in per_slot.split(list(parts))]
-        of_parts = (split_by_slot(each, by_slot, sizes) for each in (tokens, probs))
-        return list(zip(*of_parts, strict=True))
-
-    def sort_by_source(self, placed: Placed, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Put outputs [n, H] of all parts back in the order of arrival: [N, H]."""
-        hidden = join_by_source(outputs, placed.exchange.by_slot)
-        if self.tp_size > 1:
-            hidden = reduce_scatter_to_sequence_parallel_region(
-                hidden.to(placed.probs_dtype),
-                group=self.tp_group,
-                input_split_sizes=placed.exchange.gathered,
-            ).to(hidden.dtype)
-        hand_on(placed, hidden)
-        return hidden
 
     def dispatch_postprocess(
         self, tokens: torch.Tensor, probs: torch.Tensor
@@ -265,17 +221,17 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return tokens, per_slot, probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Undo `dispatch_postprocess`: [N, H], by slot -> [N, H], as they arrived."""
+        """Undo `dispatch_postprocess`: from [N, H], by slot, to rows as they arrived."""
         placed, self._arrived = self._arrived, None
         assert placed is not None, "tokens are combined once, after they were dispatched"
         return self.sort_by_source(placed, [hidden_states])
 
     def token_combine(self, hidden_states: torch.Tensor, *args: bool) -> torch.Tensor:
-        """Exchange rows [N, H] back; overlapping shared experts run their second linear."""
+        """Send rows back; overlapping shared experts run their second linear."""
         placed = take(Placed, hidden_states)
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        rows = self._exchange(hidden_states, placed.exchange, back=True)
+        rows = self._send_back(placed, hidden_states)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(rows)
             self.shared_experts.post_forward_comm()
@@ -283,29 +239,51 @@ class LLEPTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return rows
 
     def combine_postprocess(self, rows: torch.Tensor) -> torch.Tensor:
-        """Add each token's rows, and overlapping shared experts' output: [N, H] -> [..., H]."""
+        """Each token's output [..., H], with that of overlapping shared experts."""
         placed = take(Placed, rows)
-        if self.config.overlap_moe_expert_parallel_comm:
-            placed.placement.keep_for_current_stream()
-        if placed.placement.rows_by_token is None:  # on a CPU
-            tokens_shape = (placed.hidden_shape[:-1].numel(), placed.hidden_shape[-1])
-            output = unpermute(rows, placed.placement.token_index, torch.Size(tokens_shape))
-        else:
-            output = sum_rows(rows, placed.placement)
-        output = output.view(placed.hidden_shape)
+        output = self._add_up(placed, rows).view(placed.hidden_shape)
         if self.shared_experts is not None:
             output = output + self.shared_experts.get_output()
         return output
 
-    def _exchange(
-        self,
-        rows: torch.Tensor,
-        sizes: TokenExchange,
-        *,
-        back: bool = False,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> torch.Tensor:
-        """Exchange rows [n, ...] between the P ranks, there or back; `meanwhile` while they go."""
-        into, out_of = (sizes.sent, sizes.received) if back else (sizes.received, sizes.sent)
-        run = all_to_all if meanwhile is None else partial(exchange_rows, meanwhile)
-        return run(self.ep_group, rows, into, out_of, use_nccl_stream=self.use_nccl_stream)
+    @abstractmethod
+    def sort_by_slot(
+        self, placed: Placed, tokens: torch.Tensor, probs: torch.Tensor, parts: Sequence[int]
+    ) -> list[Part]:
+        """Sort what arrived by slot, into a tensor for each part of the slots.
+
+        Args:
+            placed: of this forward.
+            tokens: as they arrived.
+            probs: likewise.
+            parts: how many slots each part has; M + S in all.
+        """
+
+    @abstractmethod
+    def sort_by_source(self, placed: Placed, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Make of the outputs [n, H] of all parts what is sent back."""
+
+    @abstractmethod
+    def _lay_out(
+        self, placed: Placed, tokens: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[Placed, torch.Tensor, torch.Tensor]:
+        """Make of tokens [T, H] and probabilities [T, E] what is sent."""
+
+    @abstractmethod
+    def _send(
+        self, placed: Placed, tokens: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[Placed, torch.Tensor, torch.Tensor]:
+        """Send, and call `_start_shared` and `Planned.meanwhile` when tokens are on their way."""
+
+    @abstractmethod
+    def _send_back(self, placed: Placed, rows: torch.Tensor) -> torch.Tensor:
+        """Undo `_send`, of tokens."""
+
+    @abstractmethod
+    def _add_up(self, placed: Placed, rows: torch.Tensor) -> torch.Tensor:
+        """Each token's sum [T, H] of what came back."""
+
+    def _start_shared(self, tokens: torch.Tensor) -> None:
+        """The first linear of overlapping shared experts, when these tokens are on their way."""
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc1_forward_and_act(tokens)

@@ -21,7 +21,6 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.dispatcher import LLEPTokenDispatcher
 from megatron_llep.experts.grouped_mm import GroupedMM
 from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.experts.te_grouped import leave_fused_operations
@@ -42,6 +41,7 @@ from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import record_exchange, record_plan
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, read, take
+from megatron_llep.travel.kinds import make_dispatcher
 from megatron_llep.validation import check_config, check_layer
 
 
@@ -79,7 +79,9 @@ class LLEPMoELayer(MoELayer):
     ):
         check_config(config, llep)
         notices = notices or Notices()
-        notices.add(replace_settings(config))  # before Megatron builds a dispatcher to no purpose
+        notices.add(
+            replace_settings(config, llep.dispatcher)
+        )  # before Megatron builds a dispatcher to no purpose
         notices.tell()
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
@@ -115,7 +117,7 @@ class LLEPMoELayer(MoELayer):
         self.unchanged_experts = UnchangedExperts(self.experts)
         self.shared_lending = shared
         self.lending_group = groups.lending
-        self.token_dispatcher = LLEPTokenDispatcher(
+        self.token_dispatcher = make_dispatcher(
             self.num_local_experts,
             self.local_expert_indices,
             self.config,
@@ -190,7 +192,7 @@ class LLEPMoELayer(MoELayer):
             routing_map: bool [T, E].
 
         Returns:
-            Tokens [N, H] and their probabilities [N], by physical slot.
+            What the dispatcher sends, of tokens and of probabilities.
         """
         if find(Routed, routing_map) is None:
             hand_on(self._start_count(routing_map), routing_map)
@@ -228,7 +230,7 @@ class LLEPMoELayer(MoELayer):
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Run native and foreign experts on the tokens that arrived: [N, H] -> [N, H]."""
+        """Run native and foreign experts on the tokens that arrived, as `MoELayer` does."""
         placed = take(Placed, hidden_states)
         loan, dispatcher = placed.loan, self.token_dispatcher
         if self._is_cut:
@@ -269,8 +271,8 @@ class LLEPMoELayer(MoELayer):
             shared_expert_output = placed.shared_output
         output = super().postprocess(output, shared_expert_output)
         if output.requires_grad:
-            progress = self.shared_lending.progress
-            output.register_hook(lambda _: progress.enter(f"backward of {placed.place}"))
+            progress, place = self.shared_lending.progress, placed.place
+            output.register_hook(lambda _: progress.enter(f"backward of {place}"))
         return output
 
     def backward_dw(self, routed_experts: bool = True, shared_experts: bool = False) -> None:

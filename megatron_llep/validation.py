@@ -15,6 +15,12 @@ from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.experts.precision import find_chosen_recipes
 from megatron_llep.experts.quantised import check_lendable
 from megatron_llep.experts.unchanged import check_not_sharded
+from megatron_llep.integration.settings.flex import (
+    FP8_WITH_HYBRIDEP,
+    find_flex_refusals,
+    find_missing_package,
+    list_installed,
+)
 from megatron_llep.integration.settings.refused import FP8_RECIPES
 from megatron_llep.integration.settings.table import find_refusals
 from megatron_llep.planner.cost.presets import get_cost_model
@@ -31,6 +37,9 @@ def check_config(config: TransformerConfig, llep: LLEPConfig) -> None:
     """
     for refusal in find_all_refusals(config, llep):
         raise ValueError(refusal)
+    if llep.dispatcher == "flex" and config.expert_model_parallel_size > 1:
+        for missing in find_missing_package(config):
+            raise ValueError(missing)
 
 
 def find_all_refusals(config: TransformerConfig, llep: LLEPConfig) -> Iterator[str]:
@@ -59,6 +68,8 @@ def find_all_refusals(config: TransformerConfig, llep: LLEPConfig) -> Iterator[s
             "--kitchen-config-file: lent experts are not quantised by Kitchen; leave the flag out, "
             "and --kitchen-recipe-number"
         )
+    if llep.dispatcher == "flex":
+        yield from find_flex_refusals(config, llep.replicas)
     yield from find_refusals(config)
 
 
@@ -79,7 +90,13 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
             f"{type(layer.experts).__name__}; use --moe-grouped-gemm with Transformer Engine, or "
             "train in bf16, fp16 or fp32"
         )
+    pads = llep.dispatcher == "flex" and layer.config.moe_flex_dispatcher_backend == "hybridep"
     for name, recipe in find_chosen_recipes(layer.experts):
+        if pads:
+            raise ValueError(
+                f"--te-precision-config-file: it chooses {recipe} for experts.{name}; "
+                f"{FP8_WITH_HYBRIDEP}"
+            )
         if recipe not in FP8_RECIPES or not experts.runs_in_fp8:
             raise ValueError(
                 f"--te-precision-config-file: it chooses {recipe} for experts.{name}; not "
@@ -145,8 +162,14 @@ def refuse_on_all_ranks(refusal: str | None) -> None:
 
 
 def _describe(llep: LLEPConfig) -> dict[str, object]:
-    """All settings by field; a cost model with a hash of its numbers, or why it cannot be read."""
+    """All settings by field, with what else has to be the same on all ranks.
+
+    A cost model with a hash of its numbers, or why it cannot be read; flex with the back ends that
+    are installed.
+    """
     settings = dataclasses.asdict(llep)
+    if llep.dispatcher == "flex":
+        settings["dispatcher"] = f"flex (installed: {', '.join(list_installed()) or 'none'})"
     if llep.cost_model is not None:
         try:
             found = get_cost_model(llep.cost_model).digest()

@@ -133,7 +133,7 @@ def convert_model(
     ranks_lend, ranks_are_alone = zip(*gather_objects((bool(found), is_alone)), strict=True)
     if any(ranks_lend):
         for config_of_model in _list_configurations(chunks):
-            notices.add(replace_settings(config_of_model))
+            notices.add(replace_settings(config_of_model, config.dispatcher))
     if any(ranks_are_alone):
         notices.add([NOBODY_TO_LEND_TO])
     notices.tell()

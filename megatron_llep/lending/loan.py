@@ -4,8 +4,9 @@ Letters: P ranks of the expert-parallel group, M native experts a rank, F foreig
 rank in one plan, W numbers in one expert's weights, B units in its parcel.
 
 A fetch starts when this rank's tokens are on their way, so that they do not wait for the host to
-prepare it; and it does not wait for them, as the main stream does so only afterwards
-(`placement.travel`). Both exchanges are then launched in this order on all ranks.
+prepare it. With all-to-all it does not wait for them, as the main stream does so only afterwards
+(`travel.exchange_rows`); with a back end of the flex dispatcher it does. Both exchanges are then
+launched in this order on all ranks.
 
 On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe:
 

@@ -5,6 +5,7 @@ Letters: P ranks that share tokens, M native and S foreign slots a rank, R = P *
 (1, unless tokens are spread over replicas), C chunks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +21,7 @@ class TokenExchange:
     """What goes and comes, on the host."""
 
     chunks: np.ndarray
-    """int64 [2, C], first pair and length of each chunk of this source, by slot."""
+    """int64 [3, C], first pair, length and physical slot of each chunk of this source, by slot."""
     sent: list[int]
     """[P] rows to each rank."""
     received: list[int]
@@ -70,6 +71,10 @@ class TokenExchange:
     def rows_per_slot(self) -> torch.Tensor:
         """int64 [M + S], from all sources."""
         return torch.from_numpy(self.rows_per_source.sum(axis=0))
+
+    def rows_of(self, parts: Sequence[int]) -> list[int]:
+        """Rows from all sources for each part of the slots, which has so many slots."""
+        return [int(of_part.sum()) for of_part in self.rows_per_slot.split(list(parts))]
 
     @cached_property
     def by_slot(self) -> torch.Tensor | None:

@@ -58,11 +58,11 @@ def place_pairs(pairs: Pairs, chunks: np.ndarray, num_experts: int) -> Placement
 
     Args:
         pairs: from `list_pairs` here; N or more.
-        chunks: int64 [2, C] of a `TokenExchange`.
+        chunks: int64 [2 or more, C], first pair and length of each.
         num_experts: E.
     """
     assert pairs.by_token is not None
-    first, length = chunks
+    first, length = chunks[:2]
     end = np.cumsum(length)
     num_pairs, num_chunks = int(length.sum()), len(length)
     table = to_device(

@@ -35,7 +35,8 @@ def place_tokens(
 
     Args:
         routing_map: bool [T, E], the router's choice.
-        chunks: int64 [2, C] of a `TokenExchange`; lengths sum to the pairs in `routing_map`.
+        chunks: int64 [2 or more, C], first pair and length of each, as in a `TokenExchange`;
+            lengths sum to the pairs in `routing_map`.
         pairs: from `list_pairs`, if they are listed already.
     """
     num_experts = routing_map.shape[1]

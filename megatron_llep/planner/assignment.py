@@ -105,9 +105,10 @@ def list_exchange(
         num_replicas: D.
 
     Returns:
-        int64 [2, C], first pair and length of each chunk that is not empty, by the slot it goes to;
-        pairs are ordered by expert, then replica. int64 [P], pairs to each rank. int64 [tp, P] and
-        [tp, P, M + S], pairs from each source, in all and for each slot of its rank.
+        int64 [3, C], first pair, length and physical slot, rank * (M + S) + slot, of each chunk
+        that is not empty, by slot; pairs are ordered by expert, then replica. int64 [P], pairs to
+        each rank. int64 [tp, P] and [tp, P, M + S], pairs from each source, in all and for each
+        slot of its rank.
 
     Raises:
         ValueError: unknown order, R is not a multiple of P, or P not one of `ranks_per_node`.

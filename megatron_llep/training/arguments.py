@@ -72,7 +72,7 @@ def say_what_runs(args: Namespace, llep: LLEPConfig) -> tuple[Namespace, list[st
         return copied, []
     if args.cuda_graph_modules:
         copied.cuda_graph_modules = list(args.cuda_graph_modules)  # or the user's would change
-    return copied, replace_settings(copied)
+    return copied, replace_settings(copied, llep.dispatcher)
 
 
 def check_as_given(args: Namespace) -> LLEPConfig:

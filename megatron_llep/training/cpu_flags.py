@@ -26,8 +26,8 @@ class GpuFlag:
     refused: tuple[str, ...] = ()
     """The values that cannot work; empty: all but those that work."""
     works: tuple[str, ...] = ()
-    replaced: bool = False
-    """Whether LLEP runs something else in its place, which needs no GPU."""
+    replaced_under: tuple[str, ...] = ()
+    """With which `--moe-llep-dispatcher` LLEP runs something else, which needs no GPU."""
 
     def is_refused(self, values: Sequence[str]) -> bool:
         """Whether the flag cannot work with these values; a flag without values has none."""
@@ -70,14 +70,19 @@ GPU_FLAGS = (
     GpuFlag(
         "--moe-permute-fusion",
         "the fused permutation needs Transformer Engine and a GPU",
-        replaced=True,
+        replaced_under=("alltoall", "flex"),
     ),
     GpuFlag("--moe-router-fusion", "the fused router needs Transformer Engine and a GPU"),
     GpuFlag(
-        "--moe-token-dispatcher-type", "its back ends need GPUs", refused=("flex",), replaced=True
+        "--moe-token-dispatcher-type",
+        "its back ends need GPUs",
+        refused=("flex",),
+        replaced_under=("alltoall",),
     ),
-    GpuFlag("--moe-enable-deepep", "DeepEP needs GPUs", replaced=True),
-    GpuFlag("--moe-permute-fusion-into-hybridep", "HybridEP needs GPUs", replaced=True),
+    GpuFlag("--moe-enable-deepep", "DeepEP needs GPUs", replaced_under=("alltoall",)),
+    GpuFlag(
+        "--moe-permute-fusion-into-hybridep", "HybridEP needs GPUs", replaced_under=("alltoall",)
+    ),
     # Communication
     GpuFlag(
         "--context-parallel-size",
@@ -121,11 +126,13 @@ def flags_without_gpu(argv: Sequence[str]) -> list[str]:
         ValueError: flags of the user contradict some of them, or need a GPU; names them all.
     """
     given = _read_flags(argv)
-    is_replaced = _lends(given)
+    dispatcher = _find_dispatcher(given)
     refusals = []
     for gpu_flag in GPU_FLAGS:
         values = given.get(gpu_flag.flag)
-        if values is None or not gpu_flag.is_refused(values) or (gpu_flag.replaced and is_replaced):
+        if values is None or not gpu_flag.is_refused(values):
+            continue
+        if dispatcher in gpu_flag.replaced_under:
             continue
         what = " ".join([gpu_flag.flag, *values])
         refusals.append(f"{what}: {gpu_flag.reason}; leave the flag out where there is none")
@@ -144,10 +151,11 @@ def flags_without_gpu(argv: Sequence[str]) -> list[str]:
     return added
 
 
-def _lends(given: dict[str, list[str]]) -> bool:
-    """Whether experts are lent, and LLEP's replacements run."""
-    size = given.get("--expert-model-parallel-size", ["1"])
-    return "--moe-llep" in given and size != ["1"]
+def _find_dispatcher(given: dict[str, list[str]]) -> str | None:
+    """LLEP's, where experts are lent and its replacements run; else None."""
+    if "--moe-llep" not in given or given.get("--expert-model-parallel-size", ["1"]) == ["1"]:
+        return None
+    return " ".join(given.get("--moe-llep-dispatcher", ["alltoall"]))
 
 
 def _read_flags(argv: Sequence[str]) -> dict[str, list[str]]:

@@ -64,6 +64,48 @@ def test_unsupported_settings_name_flag_and_remedy(changes, flag):
     assert flag in str(error.value)
 
 
+FLEX_EP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
+HYBRIDEP = FLEX_EP | {"moe_flex_dispatcher_backend": "hybridep"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, "--moe-token-dispatcher-type alltoall"),
+        (
+            FLEX_EP | {"moe_flex_dispatcher_backend": "ncclep"},
+            "--moe-flex-dispatcher-backend ncclep",
+        ),
+        # Neither package is installed here.
+        (FLEX_EP, "--moe-flex-dispatcher-backend deepep needs"),
+        (HYBRIDEP, "--moe-flex-dispatcher-backend hybridep needs"),
+        (FLEX_EP | {"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel"),
+        (HYBRIDEP | GROUPED_FP8 | {"fp8_recipe": "blockwise"}, "--fp8-format hybrid"),
+    ],
+)
+def test_the_flex_dispatcher_without_what_it_needs(changes, named):
+    with pytest.raises(ValueError, match=r"--moe-llep-dispatcher flex.* leave") as error:
+        check_config(config_with(**changes), replace(EAGER, dispatcher="flex"))
+    assert named in str(error.value)
+
+
+def test_replicas_with_one_buffer_for_the_process():
+    llep = replace(EAGER, dispatcher="flex", replicas="expert-dp")
+    with pytest.raises(ValueError, match=r"--moe-llep-replicas expert-dp: .* use deepep"):
+        check_config(config_with(**HYBRIDEP), llep)
+
+
+def test_back_ends_that_differ_between_ranks():
+    def work(rank, size):
+        from megatron.core.transformer.moe import fused_a2a
+
+        fused_a2a.HAVE_DEEP_EP = rank == 1
+        with pytest.raises(ValueError, match=r"--moe-llep-dispatcher: .*none.*deepep"):
+            check_same_on_all_ranks(replace(EAGER, dispatcher="flex"))
+
+    run_ranks(work, 2)
+
+
 def test_more_foreign_slots_than_experts():
     with pytest.raises(ValueError, match="--moe-llep-max-foreign-experts 5: a rank hosts 4"):
         check_config(SUPPORTED, replace(EAGER, max_foreign_experts=5))

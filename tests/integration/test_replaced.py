@@ -116,6 +116,20 @@ def test_flex_with_all_that_belongs_to_it():
     assert find_notices(config_with()) == []
 
 
+def test_flex_stays_where_it_is_asked_for():
+    flex = config_with(
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="hybridep",
+        moe_permute_fusion=True,
+        moe_permute_fusion_into_hybridep=True,
+    )
+    (line,) = replace_settings(flex, "flex")
+    assert line.startswith("--moe-permute-fusion: ")
+    assert flex.moe_token_dispatcher_type == "flex"
+    assert flex.moe_flex_dispatcher_backend == "hybridep"
+    assert flex.moe_permute_fusion_into_hybridep
+
+
 def test_every_setting_is_one_of_megatrons():
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     known = vars(parser.parse_args([])) | {

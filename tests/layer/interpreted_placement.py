@@ -3,6 +3,8 @@
 The interpreter must be chosen before triton is imported, hence a process of its own.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,8 @@ from megatron_llep.placement.check import find_sum_error, has_indices
 from megatron_llep.placement.forward import Planned
 from megatron_llep.placement.rows import gather_rows, sum_rows
 from megatron_llep.planner import list_exchange, plan_over_replicas
+from megatron_llep.travel import back_ends
+from support import deep_ep_stand_in
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
@@ -127,6 +131,11 @@ def test_rows_beyond_the_reach_of_32_bits():
     assert (found == 4.0).all()
 
 
+def place_arrived_by_kernel(is_here, chunks):
+    listed = kernel.list_pairs(is_here, int(chunks[1].sum()))
+    return kernel.place_pairs(listed, chunks, is_here.shape[1])
+
+
 def place_by_kernel(routing_map, chunks, pairs):
     return kernel.place_pairs(pairs, chunks, routing_map.shape[1])
 
@@ -153,3 +162,26 @@ def test_a_layer_equals_megatron(layout, overlap):
             return planned[-1].plan.max_foreign
 
     assert all(run_ranks(work, layout.world_size))
+
+
+def test_a_layer_with_deep_ep_equals_megatron():
+    """Tokens that arrive once for several slots are spread and added up as on a GPU."""
+    layout = Layout(ep=2)
+    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
+
+    def work(rank, size):
+        deep_ep_stand_in.install()
+        with use_layout(layout), pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(dispatcher, "list_pairs", kernel.list_pairs)
+            monkeypatch.setattr(dispatcher, "place_tokens", place_by_kernel)
+            monkeypatch.setattr(back_ends, "place_tokens", place_arrived_by_kernel)
+            plain, ours = (build_layer(layout, rank, 1.0, **flex) for _ in range(2))
+            convert_model([ours], replace(EAGER, dispatcher="flex"))
+            planned: list[Planned] = []
+            note_decisions([ours], planned)
+            expected, found = run_layer(plain, rank, 9), run_layer(ours, rank, 9)
+            for name, value in expected.items():
+                assert get_relative_difference(found[name], value) <= TOLERANCE, name
+            return planned[-1].plan.max_foreign
+
+    assert all(run_ranks(work, 2))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from megatron_llep.dispatcher import LLEPTokenDispatcher
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.placement.forward import Placed, Planned, take
+from megatron_llep.travel.alltoall import AlltoallDispatcher
 from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
@@ -88,7 +88,7 @@ def test_without_a_layer_it_keeps_megatrons_contract():
             M = E // layout.ep
             group = get_default_pg_collection()
             natives = [group.ep.rank() * M + native for native in range(M)]
-            dispatcher = LLEPTokenDispatcher(M, natives, config, group, llep=EAGER)
+            dispatcher = AlltoallDispatcher(M, natives, config, group, llep=EAGER)
             plans: list[Planned] = []
             dispatcher.on_plan.append(plans.append)
             generator = torch.Generator().manual_seed(rank)

@@ -141,3 +141,9 @@ def test_refused_flags_are_megatrons(gpu_flag, megatron_actions):
 def test_no_flag_is_in_a_table_twice():
     flags = [each.flag for each in (*CPU_FLAGS, *GPU_FLAGS)]
     assert len(flags) == len(set(flags))
+
+
+def test_the_back_ends_that_llep_keeps_need_a_gpu():
+    with pytest.raises(ValueError, match="its back ends need GPUs") as error:
+        flags_without_gpu([*REPLACED, *LENDING, "--moe-llep-dispatcher", "flex"])
+    assert "--moe-permute-fusion:" not in str(error.value)

@@ -26,6 +26,30 @@ _ROWS = (
         "it lends nothing: give `--moe-llep-replicas expert-dp`, or choose another planner",
     ),
     (
+        "`--moe-llep-dispatcher flex` without `--moe-token-dispatcher-type flex`, or with "
+        "`--moe-flex-dispatcher-backend ncclep`",
+        "it is for DeepEP and HybridEP: give `--moe-flex-dispatcher-backend deepep` or `hybridep`, "
+        "or leave it out and tokens go by all-to-all",
+    ),
+    (
+        "`--moe-llep-dispatcher flex` where the back end's package (`deep_ep`) is not installed",
+        "at start-up, on all ranks: install it, or leave it out",
+    ),
+    (
+        "`--moe-llep-dispatcher flex` with `--overlap-moe-expert-parallel-comm`",
+        "it has not been tried: leave one of them out",
+    ),
+    (
+        "`--moe-llep-dispatcher flex` with HybridEP and `--moe-llep-replicas expert-dp`",
+        "its one buffer is of the group that used it first, which may be that of plain layers: use "
+        "`--moe-flex-dispatcher-backend deepep`, or leave one of them out",
+    ),
+    (
+        "`--moe-llep-dispatcher flex` with HybridEP and experts in FP8",
+        "HybridEP would pad the rows of experts, which LLEP counts by its plan: use "
+        "`--moe-flex-dispatcher-backend deepep`, or leave it out",
+    ),
+    (
         "`--moe-llep-*` that differ between ranks",
         "give all ranks the same",
     ),

@@ -48,17 +48,23 @@ REPLACED = (
         title="`--moe-token-dispatcher-type flex` (DeepEP, HybridEP, NCCL EP)",
         name="moe_token_dispatcher_type",
         is_set=has_one_of("moe_token_dispatcher_type", "flex"),
+        dispatchers=("alltoall",),
         runs=_ALLTOALL,
         text="tokens go by all-to-all; given up are the back end's kernels, which send a token "
-        "once to a rank with several of its experts; to keep them leave --moe-llep out",
+        "once to a rank with several of its experts; to keep DeepEP or HybridEP give "
+        "--moe-llep-dispatcher flex, to keep NCCL EP leave --moe-llep out",
     ),
     _switch_off(
         "--moe-enable-deepep",
-        "without the flex dispatcher DeepEP does not run; to keep it leave --moe-llep out",
+        "without the flex dispatcher DeepEP does not run; to keep it give --moe-llep-dispatcher "
+        "flex",
+        dispatchers=("alltoall",),
     ),
     _switch_off(
         "--moe-permute-fusion-into-hybridep",
-        "LLEP orders tokens before they are exchanged; to keep HybridEP leave --moe-llep out",
+        "LLEP orders tokens before they are exchanged; to keep HybridEP give "
+        "--moe-llep-dispatcher flex",
+        dispatchers=("alltoall",),
     ),
     _switch_off(
         "--moe-permute-fusion",

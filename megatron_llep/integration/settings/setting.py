@@ -38,6 +38,8 @@ class Setting:
     """What a refusal says of a source. Default: the field's value."""
     runs: Mapping[str, object] = field(default_factory=dict)
     """For what is replaced: the fields of the configuration that say what runs instead."""
+    dispatchers: tuple[str, ...] = ("alltoall", "flex")
+    """For what is replaced: with which of `--moe-llep-dispatcher` it is."""
     is_built_in: bool = False
     """For what is replaced: whether layers that were built with it keep it for good."""
     is_read_by_loop: bool = False

@@ -34,6 +34,12 @@ _ROWS = (
         "forwards, as Megatron's training and evaluation do",
     ),
     (
+        "`--moe-llep-dispatcher flex` with `--moe-token-dispatcher-type flex` and "
+        "`--moe-flex-dispatcher-backend deepep` or `hybridep`",
+        "tokens travel through the back end; tested with Megatron's classes over a stand-in for "
+        "the back ends' buffers on a CPU, not yet run on GPUs",
+    ),
+    (
         "`--overlap-grad-reduce`",
         "returned gradients are added before the reduction starts",
     ),

@@ -26,12 +26,16 @@ def find_refusals(source: Any) -> Iterator[str]:
             yield f"{setting.flag} {value}: not supported with --moe-llep; {setting.text}"
 
 
-def find_notices(source: Any) -> list[str]:
-    """What runs in place of what a source has set, a line each."""
+def find_notices(source: Any, dispatcher: str = "alltoall") -> list[str]:
+    """What runs in place of what a source has set, a line each.
+
+    Args:
+        source: a configuration.
+        dispatcher: the value of `--moe-llep-dispatcher`.
+    """
     return [
         f"{setting.describe(source)}: {setting.text}"
-        for setting in REPLACED
-        if setting.is_set(source)
+        for setting in _find_replaced(source, dispatcher)
     ] + graphs.notices(source)
 
 
@@ -45,20 +49,28 @@ def find_built_in(config: Any) -> Iterator[str]:
             )
 
 
-def replace_settings(config: Any) -> list[str]:
+def replace_settings(config: Any, dispatcher: str = "alltoall") -> list[str]:
     """Make a model's configuration say what runs; Megatron reads it in every forward.
 
     Experts pad their rows unless it says that the router or a dispatcher has done so.
 
+    Args:
+        config: changed in place.
+        dispatcher: the value of `--moe-llep-dispatcher`.
+
     Returns:
         The notices. Of what has been replaced, a second call returns none.
     """
-    notices = find_notices(config)
-    for setting in [each for each in REPLACED if each.is_set(config)]:
+    notices = find_notices(config, dispatcher)
+    for setting in list(_find_replaced(config, dispatcher)):
         for name, value in setting.runs.items():
             setattr(config, name, value)
     graphs.keep_planning_out_of_graphs(config)
     return notices
+
+
+def _find_replaced(source: Any, dispatcher: str) -> Iterator[Setting]:
+    return (each for each in REPLACED if dispatcher in each.dispatchers and each.is_set(source))
 
 
 def replace_in_loop(args: Namespace) -> None:

@@ -40,7 +40,7 @@ def judge(flags: Flags, reader: FlagReader) -> CaseVerdict:
     source = read_arguments_as_config(args)
     refused = list(_find_refusals(args))
     alone = args.expert_model_parallel_size == 1
-    notices = [] if alone else find_notices(source)
+    notices = [] if alone else find_notices(source, args.moe_llep_dispatcher)
     untried = list(_find_untried(parsed.given))
     named = {line.split(":")[0].split()[0] for line in (*refused, *notices, *untried)}
     return CaseVerdict(

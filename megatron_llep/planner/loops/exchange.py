@@ -36,9 +36,9 @@ def list_exchange(
         local_first: the order of `planner.assignment`; else `rank_order`.
 
     Returns:
-        [2, C] first pair, when pairs are ordered by expert, then replica, and length of each
-        chunk that is not empty; [P] pairs to each rank; [tp, P] pairs from each source, in all and
-        [tp, P, M + S] for each slot of its rank.
+        [3, C] first pair, when pairs are ordered by expert, then replica, length and physical slot
+        of each chunk that is not empty; [P] pairs to each rank; [tp, P] pairs from each source, in
+        all and [tp, P, M + S] for each slot of its rank.
     """
     R, E = counts.shape
     P, S = foreign_experts.shape
@@ -70,7 +70,7 @@ def list_exchange(
             first[expert] = num_pairs
             num_pairs += counts[source, expert]
     sent = zeros(P)
-    chunks, C = np.empty((2, E + len(transfers)), np.int64), 0
+    chunks, C = np.empty((3, E + len(transfers)), np.int64), 0
     for rank in range(P):
         for slot in range(M + S):
             expert = rank * M + slot if slot < M else foreign_experts[rank, slot - M]
@@ -81,6 +81,7 @@ def list_exchange(
             if pairs:
                 # An expert's pairs are given out in rank order.
                 chunks[0, C], chunks[1, C] = first[expert], pairs
+                chunks[2, C] = rank * (M + S) + slot
                 first[expert] += pairs
                 sent[rank] += pairs
                 C += 1
