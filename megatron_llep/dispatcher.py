@@ -55,7 +55,9 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         llep: LLEPConfig,
         progress: Progress | None = None,
     ):
-        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        # Of the dispatcher of Megatron's that the subclass names.
+        of_megatron = (num_local_experts, local_expert_indices, config, pg_collection)
+        super().__init__(*of_megatron)
         self.llep = llep
         self.num_native = num_local_experts
         if self.ep_size % (llep.ranks_per_node or 1):

@@ -21,9 +21,14 @@ class Owner:
         self._own_names = {*own.methods(), *(name for name, _ in own.fields())}
 
     def defines(self, node: ast.Attribute) -> bool:
-        """Whether it is an attribute of `self` that our class itself defines or sets."""
-        is_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "layer", "cls")
-        return is_self and node.attr in self._own_names
+        """Whether it is an attribute of `self` that our class defines or sets.
+
+        What Megatron's class lacks counts as such where there is another base, which is ours.
+        """
+        if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "layer", "cls")):
+            return False
+        may_inherit = len(self.node.bases) > 1 and not self.base.has(node.attr)
+        return node.attr in self._own_names or may_inherit
 
 
 class Names:
