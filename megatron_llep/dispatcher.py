@@ -192,7 +192,7 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         return rows, probs
 
     def token_dispatch(
-        self, tokens: torch.Tensor, probs: torch.Tensor
+        self, tokens: torch.Tensor, probs: torch.Tensor | None = None, *args: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Send what `dispatch_preprocess` returned, and receive what others send.
 
@@ -202,6 +202,7 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         placed = take(Placed, tokens)
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
+        assert probs is not None, "a layer hands on what dispatch_preprocess returned"
         placed, tokens, probs = self._send(placed, tokens, probs)
         hand_on(placed, tokens)
         return tokens, probs

@@ -23,6 +23,9 @@ from megatron_llep.offline.seams.names import (
 from megatron_llep.offline.seams.signatures import Call, Signature
 from megatron_llep.offline.seams.source import Source
 
+OUR_FOLDER = Path(__file__).parents[3]
+"""Which holds our package's folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
@@ -51,6 +54,7 @@ class Reader:
         self._source, self._shown = source, shown
         self._tree = LeaveOut(version).visit(ast.parse(text, filename=shown))
         self._names = Names(source)
+        self._ours = Source({"megatron_llep": OUR_FOLDER})
 
     def read(self) -> Iterator[Use]:
         """All uses, imports first."""
@@ -106,12 +110,30 @@ class Reader:
         if owner is not None:
             for statement in node.body:
                 if isinstance(statement, Function):
-                    yield from self._read_override(owner, statement)
+                    yield from self._read_override(owner, statement, self._shown)
+            yield from self._read_inherited(owner)
         yield from self._read_scope(node, types, owner)
 
-    def _read_override(self, owner: Owner, method: Function) -> Iterator[Use]:
+    def _read_inherited(self, owner: Owner) -> Iterator[Use]:
+        """Methods of other bases, which are ours, that stand in for those of Megatron's class."""
+        names = {ast.unparse(base) for base in owner.node.bases}
+        own = {each.name for each in owner.node.body if isinstance(each, Function)}
+        for node in ast.walk(self._tree):
+            if not (isinstance(node, ast.ImportFrom) and self._ours.holds(node.module or "")):
+                continue
+            for alias in node.names:
+                if alias.name not in names:
+                    continue
+                found = self._ours.look_up_import(node.module or "", alias.name)
+                base = Class.of(self._ours, found)
+                for name, method in base.methods().items() if base else ():
+                    if name not in own and owner.base.find_method(name):
+                        shown = str(base.module.path.relative_to(OUR_FOLDER))
+                        yield from self._read_override(owner, method, shown)
+
+    def _read_override(self, owner: Owner, method: Function, shown: str) -> Iterator[Use]:
         name = f"{self._names.name_of(owner.base)}.{method.name}"
-        user = self._at(method, f"overrides it in {owner.node.name}")
+        user = f"{shown}:{method.lineno} overrides it in {owner.node.name}"
         found = owner.base.find_method(method.name)
         if found is None:
             yield Use(

@@ -41,7 +41,7 @@ CHANGES = {
 
 FOUND = {
     "moe_utils.get_default_pg_collection": ("layer.py", "it is not there"),
-    "moe_utils.unpermute": ("dispatcher.py", "unpermute(permuted, "),
+    "moe_utils.unpermute": ("travel/sums.py", "unpermute(permuted, "),
     "core.parallel_state.create_group": ("lending/groups.py", "it is not there"),
     "training.argument_utils.ArgumentGroupFactory": (
         "integration/arguments.py",
