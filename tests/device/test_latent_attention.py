@@ -19,6 +19,9 @@ from support.comparison import get_relative_difference
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
 from support.training import Run, make_config
+from support.versions import needs_megatron
+
+pytestmark = needs_megatron((0, 19), "latent attention without Transformer Engine")
 
 S, B, H = 12, 2, 32
 

@@ -14,7 +14,6 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_layer
 from megatron_llep.integration.convert import convert_model, llep_hook, with_llep
 from megatron_llep.layer import LLEPMoELayer
 from megatron_llep.metrics import METRICS, PREFIX
-from megatron_llep.training.routing_trace import WholeModelTracer
 from support.comparison import get_relative_difference
 from support.hybrid import hybrid_run, name_in_gpt
 from support.layout import Layout, use_layout
@@ -24,6 +23,7 @@ from support.parity import Case, compare_all
 from support.ranks import run_ranks
 from support.routing import Routing
 from support.training import Chunks, Run, TrainResult, make_config, train
+from support.versions import needs_megatron
 
 EP2 = Layout(ep=2)
 PP2 = Layout(pp=2, ep=2)
@@ -125,12 +125,15 @@ def report_layers(pattern: str, chunks: Chunks) -> tuple[str, Scalars, list[int]
     traced: list[str] = []
     routers = [m.router.layer_number for c in chunks for m in c.modules() if hasattr(m, "router")]
     with tempfile.TemporaryDirectory() as folder:
+        from megatron_llep.training.routing_trace import WholeModelTracer
+
         tracer = WholeModelTracer(folder, max_steps=1, rank=0)
         tracer.make_hook = traced.append
         tracer.register_hooks(chunks)
     return line, scalars, routers, traced
 
 
+@needs_megatron((0, 19), "a trace of the routing")
 def test_layers_are_numbered_over_the_whole_model():
     """In metrics those of multi-token prediction come last; Megatron numbers them from 1 again."""
     pattern = "*E|*E/*E/*E"

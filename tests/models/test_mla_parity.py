@@ -7,6 +7,9 @@ from support.llep import EAGER
 from support.parity import Case, compare_all
 from support.routing import Routing
 from support.training import Run
+from support.versions import needs_megatron
+
+pytestmark = needs_megatron((0, 19), "latent attention without Transformer Engine")
 
 LATENT = {
     "multi_latent_attention": True,
