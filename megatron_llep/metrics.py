@@ -98,7 +98,7 @@ METRICS = (
     Metric(name="plan_ms", help="time to plan, ms; sum over layers", across_layers=np.sum),
 )
 PREFIX = "moe/llep/"
-_MAXIMA = {metric.name for metric in METRICS if metric.over_micro_batches == "max"}
+_MAXIMA = frozenset(metric.name for metric in METRICS if metric.over_micro_batches == "max")
 
 
 class LLEPMetricsTracker(MoEMetricsTracker):

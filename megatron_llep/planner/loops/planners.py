@@ -39,8 +39,7 @@ def tolerant(
     tolerance: float,
 ) -> Tables:
     """With `tolerant_moves`."""
-    loads, load, smallest = sum_up(counts)
-    moves, before, n = new_moves(len(load) * max_foreign), largest_of(load), 0
+    loads, load, smallest, before, moves, n = begin(counts, max_foreign)
     if smallest >= 0 and is_uneven(load, threshold):
         n = tolerant_moves(loads, load, max_foreign, node_size, lends_across, tolerance, moves)
     return finish(loads, load, smallest, before, moves, n, falls_back)
@@ -56,8 +55,7 @@ def exact(
     falls_back: bool,
 ) -> Tables:
     """With `exact_moves`."""
-    loads, load, smallest = sum_up(counts)
-    moves, before, n = new_moves(len(load) * max_foreign), largest_of(load), 0
+    loads, load, smallest, before, moves, n = begin(counts, max_foreign)
     if smallest >= 0 and is_uneven(load, threshold):
         n = exact_moves(loads, load, max_foreign, node_size, lends_across, moves)
     return finish(loads, load, smallest, before, moves, n, falls_back)
@@ -75,8 +73,7 @@ def lla(
     min_tokens_per_gemm: int,
 ) -> Tables:
     """With `lla_moves`."""
-    loads, load, smallest = sum_up(counts)
-    moves, before, n = new_moves(len(load) * max_foreign), largest_of(load), 0
+    loads, load, smallest, before, moves, n = begin(counts, max_foreign)
     if smallest >= 0 and is_uneven(load, threshold):
         limits = max_foreign, node_size, lends_across
         n = lla_moves(loads, load, *limits, capacity_factor, min_tokens_per_gemm, moves)
@@ -93,8 +90,17 @@ def lp(
     falls_back: bool,
 ) -> Tables:
     """Lends nothing."""
+    loads, load, smallest, before, moves, n = begin(counts, max_foreign)
+    return finish(loads, load, smallest, before, moves, n, falls_back)
+
+
+@helper
+def begin(
+    counts: np.ndarray, max_foreign: int
+) -> tuple[np.ndarray, np.ndarray, int, int, np.ndarray, int]:
+    """Loads [E] and [P], the smallest count, the largest load, room for moves, and no move yet."""
     loads, load, smallest = sum_up(counts)
-    return finish(loads, load, smallest, largest_of(load), new_moves(0 * node_size), 0, falls_back)
+    return loads, load, smallest, largest_of(load), new_moves(len(load) * max_foreign), 0
 
 
 @helper
