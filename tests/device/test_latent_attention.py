@@ -195,3 +195,22 @@ def test_what_local_layers_cannot_compute_is_refused(name):
     run = Run(layout=Layout(tp=2, ep=2, etp=1), config=small | {"q_lora_rank": 8} | changes)
     with pytest.raises(ValueError, match=message):
         build_local_block_spec(make_config(run))
+
+
+def test_checkpoints_hold_the_norm_of_queries_once_and_their_projection_in_parts():
+    shape, layout = SHAPES["no query rank"], Layout(tp=2, ep=2, etp=1)
+
+    def work(rank, size):
+        with use_layout(layout):
+            shards = make_attention(shape, layout).sharded_state_dict(metadata=METADATA)
+            norm = shards["linear_q_proj.layer_norm_weight"]
+            weight = shards["linear_q_proj.weight"]
+            return norm.global_shape, norm.global_offset, weight.global_shape, weight.global_offset
+
+    wide = shape.n * (shape.d + shape.p)
+    for rank, (norm, norm_at, weight, weight_at) in enumerate(run_ranks(work, 2)):
+        assert (norm, norm_at) == ((H,), (0,))
+        assert (weight, weight_at) == ((wide, H), (rank * wide // 2, 0))
+
+
+METADATA = {"dp_cp_group": None}

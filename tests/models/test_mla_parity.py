@@ -75,7 +75,15 @@ def test_two_ranks():
 
 
 def test_pipeline_stages():
-    compare_all({"DeepSeek": make_case(PP2_EP2, **DEEPSEEK)})
+    compare_all(
+        {
+            "DeepSeek": make_case(PP2_EP2, **DEEPSEEK),
+            # The last stage has no layer that multi-token prediction could repeat.
+            "prediction alone": make_case(
+                PP2_EP2, **DEEPSEEK, pipeline_model_parallel_layout="Etttt|mL"
+            ),
+        }
+    )
 
 
 @pytest.mark.slow

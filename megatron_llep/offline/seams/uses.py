@@ -126,9 +126,11 @@ class Reader:
                     continue
                 found = self._ours.look_up_import(node.module or "", alias.name)
                 base = Class.of(self._ours, found)
-                for name, method in base.methods().items() if base else ():
+                if base is None:
+                    continue
+                shown = str(base.module.path.relative_to(OUR_FOLDER))
+                for name, method in base.methods().items():
                     if name not in own and owner.base.find_method(name):
-                        shown = str(base.module.path.relative_to(OUR_FOLDER))
                         yield from self._read_override(owner, method, shown)
 
     def _read_override(self, owner: Owner, method: Function, shown: str) -> Iterator[Use]:
