@@ -79,9 +79,8 @@ class LLEPMoELayer(MoELayer):
     ):
         check_config(config, llep)
         notices = notices or Notices()
-        notices.add(
-            replace_settings(config, llep.dispatcher)
-        )  # before Megatron builds a dispatcher to no purpose
+        # Before Megatron builds a dispatcher to no purpose.
+        notices.add(replace_settings(config, llep.dispatcher))
         notices.tell()
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)

@@ -47,8 +47,9 @@ def count_attention_weights(args: Mapping[str, Any]) -> int:
     hidden, heads = args["hidden-size"], args["num-attention-heads"]
     if args.get("multi-latent-attention"):
         rope, qk, v = args["qk-pos-emb-head-dim"], args["qk-head-dim"], args["v-head-dim"]
-        q_rank, kv_rank = args["q-lora-rank"], args["kv-lora-rank"]
-        query = hidden * q_rank + q_rank * heads * (qk + rope)
+        q_rank, kv_rank = args.get("q-lora-rank"), args["kv-lora-rank"]
+        of_query = heads * (qk + rope)
+        query = hidden * q_rank + q_rank * of_query if q_rank else hidden * of_query
         key_value = hidden * (kv_rank + rope) + kv_rank * heads * (qk + v)
         return query + key_value + heads * v * hidden
     groups = args.get("num-query-groups", heads)
