@@ -1,16 +1,18 @@
 """The function for Megatron's --spec."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.integration.arguments import add_llep_arguments
 from megatron_llep.layer import LLEPMoELayer
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
 from support.training import Run, build_model, make_config
 
+FLAGS = vars(add_llep_arguments(ArgumentParser()).parse_args(["--moe-llep"]))
 CALLS = {
     "Megatron's": lambda build, args, config: build(SimpleNamespace(transformer=config)),
     "with the stage": lambda build, args, config: build(config, vp_stage=None),
@@ -24,24 +26,7 @@ CALLS = {
     [
         ({}, LLEPConfig()),
         (
-            {
-                "moe_llep": True,
-                "moe_llep_planner": "lla",
-                "moe_llep_tolerance": 0.05,
-                "moe_llep_cost_model": None,
-                "moe_llep_replicas": "none",
-                "moe_llep_ranks_per_node": None,
-                "moe_llep_lend_to": "any_node",
-                "moe_llep_capacity_factor": 1.0,
-                "moe_llep_min_tokens_per_gemm": 5,
-                "moe_llep_imbalance_threshold": None,
-                "moe_llep_max_foreign_experts": None,
-                "moe_llep_token_assignment": "local_first",
-                "moe_llep_foreign_weights": None,
-                "moe_llep_grad_dtype": "fp32",
-                "moe_llep_expert_gemm": "megatron",
-                "moe_llep_scatter_from": 3,
-            },
+            FLAGS | {"moe_llep_planner": "lla", "moe_llep_min_tokens_per_gemm": 5},
             LLEPConfig(planner="lla", min_tokens_per_gemm=5),
         ),
     ],
