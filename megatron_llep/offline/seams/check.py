@@ -14,6 +14,8 @@ from megatron_llep.offline.seams.source import Source
 from megatron_llep.offline.seams.uses import Reader, Use
 
 PACKAGE_ROOT = Path(__file__).parents[2]
+_BASES = ("torch", "enum")
+"""Packages that classes of Megatron inherit from, and which are read too."""
 _USES_MEGATRON = re.compile(r"\b(from|import) megatron\b")
 
 
@@ -83,7 +85,7 @@ def read_version(folder: Path) -> tuple[int, int]:
     """Major and minor of a tree.
 
     Raises:
-        ValueError: there is no Megatron in the folder.
+        ValueError: there is no Megatron in the folder, or it does not say its version.
     """
     path = folder / "megatron/core/package_info.py"
     if not path.is_file():
@@ -92,6 +94,8 @@ def read_version(folder: Path) -> tuple[int, int]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
             numbers[ast.unparse(node.targets[0])] = ast.unparse(node.value)
+    if not {"MAJOR", "MINOR"} <= numbers.keys():
+        raise ValueError(f"{path}: it does not say MAJOR and MINOR, which tell the version")
     return int(numbers["MAJOR"]), int(numbers["MINOR"])
 
 
@@ -99,9 +103,10 @@ def read_uses(folder: Path, *, also: Sequence[Path] = ()) -> list[Use]:
     """All uses of Megatron in the package and in other folders, looked up in a tree."""
     version = read_version(folder)
     folders = {"megatron": folder}
-    torch = importlib.util.find_spec("torch")
-    if torch is not None and torch.origin is not None:
-        folders["torch"] = Path(torch.origin).parents[1]
+    for name in _BASES:
+        found = importlib.util.find_spec(name)
+        if found is not None and found.origin is not None:
+            folders[name] = Path(found.origin).parents[1 if found.submodule_search_locations else 0]
     source = Source(folders)
     uses: list[Use] = []
     for top in (PACKAGE_ROOT, *also):

@@ -8,6 +8,8 @@ from megatron_llep.offline.seams.signatures import Signature
 from megatron_llep.offline.seams.source import OUTSIDE, Definition, Module, Source, statements
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+# Bases from which nothing comes that we use: those of enumerations among them.
+_WITHOUT_MEMBERS = ("Generic", "Protocol", "ABC", "abc.ABC", "object", "str", "int")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Class:
         """Direct ones; None for one whose source is not read."""
         for base in self.node.bases:
             expression = base.value if isinstance(base, ast.Subscript) else base
-            if ast.unparse(expression) in ("Generic", "Protocol", "ABC", "abc.ABC", "object"):
+            if ast.unparse(expression) in _WITHOUT_MEMBERS:
                 continue
             yield Class.of(self.source, resolve(self.source, self.module, expression))
 

@@ -120,6 +120,8 @@ class Source:
             found = self._follow(module, statement, name, seen)
             if found is not None or statement not in module.tree.body:  # may fail: in `try`
                 return found or OUTSIDE
+            if not _is_of_package(statement, module):
+                return None  # a module of that name does not help: the import fails
         for statement in module.bound.get("*", ()):
             assert isinstance(statement, ast.ImportFrom)
             source = module.absolute(statement)
@@ -146,6 +148,11 @@ class Source:
             return OUTSIDE
         origin = self.module(source)
         return None if origin is None else self._look_up(origin, alias.name, seen)
+
+
+def _is_of_package(statement: ast.stmt, module: Module) -> bool:
+    """Whether it is `from . import name`, which takes modules too."""
+    return isinstance(statement, ast.ImportFrom) and module.absolute(statement) == module.name
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
