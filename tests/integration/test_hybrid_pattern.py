@@ -20,6 +20,7 @@ from megatron_llep.training.hf.arguments import add_hf_arguments
 from megatron_llep.training.model_kind import check_kind
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
+from support.versions import needs_megatron
 
 PATTERN = "--hybrid-layer-pattern"
 SMALL = ["--num-attention-heads", "4", "--hidden-size", "32", "--ffn-hidden-size", "64"]
@@ -44,6 +45,7 @@ def read(monkeypatch):
     return read
 
 
+HYBRID_SCRIPTS = needs_megatron((0, 19), "scripts that train hybrid models")
 BAD = {
     "unknown symbol": (["*X", *MOE], "*X: ", "not a valid layer symbol"),
     "unlike depths": (["*E/*E/E", *MOE], "*E/*E/E: ", "must be identical"),
@@ -84,13 +86,18 @@ def test_what_no_machine_trains(name, read):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["*E*E", "*-*E|*E*E", "E-|/*E/*E", "MEM*E", "+E", "*E|*E|*E|*E"]
+    "pattern",
+    [
+        *("*E*E", "*-*E|*E*E", "E-|/*E/*E", "MEM*E", "*E|*E|*E|*E"),
+        pytest.param("+E", marks=needs_megatron((0, 19), "latent attention in a pattern")),
+    ],
 )
 def test_good_patterns_pass(pattern, read):
     stages = str(1 + pattern.count("|"))
     check_as_given(read(PATTERN, pattern, *MOE, "--pipeline-model-parallel-size", stages))
 
 
+@HYBRID_SCRIPTS
 def test_scripts_train_their_kind_of_model(read):
     gpt = read("--num-layers", "2", *MOE)
     check_kind(gpt, hybrid=False)
@@ -109,6 +116,7 @@ def test_scripts_train_their_kind_of_model(read):
         check_kind(read(PATTERN, "*E", *MOE, "--hf-load", "weights"), hybrid=True)
 
 
+@HYBRID_SCRIPTS
 @pytest.mark.parametrize(("symbol", "module"), [("M", "mamba_ssm"), ("G", "fla")])
 def test_kernels_that_are_missing(symbol, module, read):
     """Megatron raises an ImportError when the layer is built; here nothing has started yet."""

@@ -16,6 +16,7 @@ from megatron_llep.lending.progress import Progress
 from megatron_llep.training.arguments import check_as_given, read_arguments
 from megatron_llep.training.data import check_pretraining
 from megatron_llep.training.model import build_model_config
+from support.versions import needs_megatron
 
 LLEP = "--moe-llep"
 DATA = ["--mock-data"]
@@ -219,6 +220,7 @@ def test_heads_that_do_not_divide_the_width_need_a_width_of_their_own(use_comman
 LATENT = ["--multi-latent-attention", "--kv-lora-rank", "9", "--qk-pos-emb-head-dim", "4"]
 
 
+@needs_megatron((0, 19), "latent attention without Transformer Engine")
 def test_latent_attention_that_cannot_be_cut_is_refused(use_command_line):
     cut = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     use_command_line(tiny_flags(*DATA, *LATENT, *cut, "--no-rope-fusion", without=GROUPED))

@@ -6,13 +6,17 @@ import pytest
 from script_runs import ROOT, Log, run_tiny
 
 from megatron_llep.offline.workloads import read_trace
+from support.versions import needs_megatron
 
 SCRIPT = ROOT / "pretrain" / "pretrain_hybrid.py"
 CONFIGS = ROOT / "configs"
 TOLERANCE = 1e-5
 STEPS = 3
 
-pytestmark = pytest.mark.timeout(600)  # a test may start the script three times
+pytestmark = [
+    pytest.mark.timeout(600),  # a test may start the script three times
+    needs_megatron((0, 19), "scripts that train hybrid models"),
+]
 
 
 def run(

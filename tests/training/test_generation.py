@@ -15,6 +15,7 @@ from support.llep import EAGER, note_decisions
 from support.ranks import RankError, run_ranks
 from support.routing import Routing, force_routing
 from support.training import Run, build_model, make_config
+from support.versions import needs_megatron
 
 RUN = Run(layout=Layout(ep=2), sequence_length=32, config={"num_query_groups": 2})
 NEW = 6
@@ -120,6 +121,7 @@ LATENT = {
 }
 
 
+@needs_megatron((0, 19), "latent attention without Transformer Engine")
 def test_latent_attention():
     """Keys and values have widths of their own, and queries go on from cached positions."""
 
