@@ -19,7 +19,7 @@ MEGATRON_READY = $(MEGATRON_VENV)/.ready
 # What depends on Megatron: the layer, lending, training in every layout, the scripts.
 MEGATRON_TESTS := $(addprefix tests/,device experts integration layer lending matrix models \
 	offline/seams rl scripts sft support training)
-# A part of it that takes a minute: a layer in float64, training in two layouts, changed names.
+# A part of it that takes a minute: a layer in float64, training under every routing, changed names.
 OLDEST_TESTS := $(addprefix tests/,layer/test_layer_float64.py layer/test_dispatcher.py \
 	offline/seams integration/test_spec.py sft/test_packs.py training/test_parity.py::test_every_routing)
 

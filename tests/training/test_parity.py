@@ -27,8 +27,13 @@ def compare(run: Run, llep=EAGER, seam="model", *, timeout: float = 120, bitwise
     return run_ranks(train_both, run.layout.world_size, timeout=timeout)
 
 
+def in_long(value):
+    """A parameter whose cases others resemble."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("pattern", ["natural", "balanced", "hot", "one_rank", "starved"])
-@pytest.mark.parametrize("layout", [Layout(ep=2), Layout(ep=4)], ids=str)
+@pytest.mark.parametrize("layout", [in_long(Layout(ep=2)), Layout(ep=4)], ids=str)
 def test_every_routing(layout, pattern):
     run = Run(layout=layout, routing=Routing(pattern, ranks=layout.ep), steps=STEPS)
     loans = compare(run)
@@ -42,7 +47,7 @@ def test_every_routing(layout, pattern):
         assert rank.imbalance_after < 1.05 <= rank.imbalance_before
 
 
-@pytest.mark.parametrize("pattern", ["natural", "hot"])
+@pytest.mark.parametrize("pattern", [in_long("natural"), "hot"])
 @pytest.mark.parametrize(
     "layout",
     [
