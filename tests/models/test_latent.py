@@ -68,4 +68,5 @@ def test_metrics_tell_the_latent_size_of_what_is_lent():
         lent = scalars[f"{PREFIX}lent_experts"]
         assert lent > 0
         assert scalars[f"{PREFIX}lent_mib"] == pytest.approx(lent * expert_mib)
-        assert scalars[f"{PREFIX}foreign_mib"] == pytest.approx(expert_mib, rel=4)
+        # One rank borrows of both layers, and keeps them until backward.
+        assert scalars[f"{PREFIX}foreign_mib"] == pytest.approx(lent * expert_mib)
