@@ -73,7 +73,7 @@ def replace_settings(config: Any, dispatcher: str = "alltoall") -> list[str]:
 
 
 def _in_python(setting: Setting, source: Any) -> str:
-    """The field that a configuration has set: where it is made in Python no flag can be left out."""
+    """The field of a configuration: where it is made in Python there is no flag to leave out."""
     if isinstance(source, Namespace):
         return ""
     return f" (in Python the field is {type(source).__name__}.{setting.name})"
