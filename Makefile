@@ -23,6 +23,8 @@ MEGATRON_TESTS := $(addprefix tests/,device experts integration layer lending ma
 OLDEST_TESTS := $(addprefix tests/,layer/test_layer_float64.py layer/test_dispatcher.py \
 	offline/seams integration/test_spec.py sft/test_packs.py training/test_parity.py::test_every_routing)
 
+DIST_VENV := .venv-dist
+
 # Layout of the demo: make demo TP=2 PP=2 EP=2
 TP ?= 1
 PP ?= 1
@@ -32,7 +34,7 @@ EP ?= 2
 export OMP_NUM_THREADS := 1
 
 .PHONY: help setup bench demo finetune gpu-check test test-long test-te test-megatron test-oldest \
-	lint format clean
+	lint format dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -92,5 +94,12 @@ format: $(READY) ## mend style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+dist: ## sdist and wheel, checked, in dist/: docs/releasing.md
+	@python=$$(bash tools/find_python.sh) && "$$python" -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install --quiet build twine
+	rm -rf build dist
+	$(DIST_VENV)/bin/python -m build
+	$(DIST_VENV)/bin/python -m twine check --strict dist/*
+
 clean: ## remove .venv, .venv-* and what runs left behind
-	rm -rf $(VENV) $(TE_VENV) .venv-megatron-* runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TE_VENV) $(DIST_VENV) .venv-megatron-* runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -102,6 +102,7 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
             routing_map,
             trains=trains,
             lends=lends,
+            mark=self.progress.mark,
             last_plan=self.progress.last_plan,
             group=self.tp_ep_group,
             stream=self.cuda_dtoh_stream,
@@ -114,10 +115,11 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         """Plan from all ranks' counts.
 
         Raises:
-            RuntimeError: the ranks' plans differ.
+            RuntimeError: the ranks are in different forwards, or their plans differ.
         """
         with step("count.wait"):
             counted = routed.table.wait()
+        self.progress.check_marks(counted.marks, self.tp_ep_group)
         self.progress.check_plans(counted.last_plans, self.tp_ep_group)
         start = time.perf_counter()
         with step("plan"):

@@ -294,11 +294,12 @@ class LLEPMoELayer(MoELayer):
         return hold_grads(loan, planned.natives, hidden_states, hold_all=self._experts_are_reduced)
 
     def _enter_forward(self) -> str:
-        kind = "MTP layer" if self.is_mtp_layer else "layer"
         return self.shared_lending.progress.enter_forward(
-            f"{kind} {self.layer_number}",
+            self.layer_number or 0,  # of none that Megatron numbered
+            is_mtp=self.is_mtp_layer,
             training=self.training,
-            again=is_checkpointing() and torch.is_grad_enabled(),
+            recorded=torch.is_grad_enabled(),
+            again=_is_in_backward(),
         )
 
     def _start_count(self, routing_map: torch.Tensor) -> Routed:
@@ -363,6 +364,11 @@ class LLEPMoELayer(MoELayer):
                 foreign_bytes=foreign_bytes,
                 plan_seconds=placed.plan_seconds,
             )
+
+
+def _is_in_backward() -> bool:
+    """Whether autograd is at work: a forward within it is a recomputed one, whoever recomputes."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _start_lending(weight_waits: Sequence[Callable[[], object]], loan: WeightLoan) -> None:

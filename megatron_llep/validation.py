@@ -66,7 +66,7 @@ def find_all_refusals(config: TransformerConfig, llep: LLEPConfig) -> Iterator[s
     if getattr(config, "use_kitchen", False):  # arguments do not have it
         yield (
             "--kitchen-config-file: lent experts are not quantised by Kitchen; leave the flag out, "
-            "and --kitchen-recipe-number"
+            "and --kitchen-recipe-number (in Python the field is use_kitchen)"
         )
     if llep.dispatcher == "flex":
         yield from find_flex_refusals(config, llep.replicas)

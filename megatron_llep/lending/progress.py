@@ -1,12 +1,15 @@
-"""Where this rank is, for errors, and what it planned last, which the ranks compare."""
+"""Where this rank is, for errors, and what it planned last: the ranks compare both."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_llep.planner import Plan
+
+_TRAINING, _RECORDED, _AGAIN, _MTP = 1, 2, 4, 8
+_LAYER_SHIFT, _COUNT_SHIFT, _MARK_BITS = 4, 20, 60
 
 
 class Progress:
@@ -15,6 +18,10 @@ class Progress:
     def __init__(self) -> None:
         self._place = "no MoE layer yet"
         self._forwards: dict[str, int] = {}
+        self._entered = 0
+        self.mark = 0
+        """The forward that this rank entered last, as a number below 2 ** 60: which layer, what
+        for, and how many there were before. Equal on ranks that share tokens."""
         self._planned_in = self._place
         self._last_plan: Plan | None = None
 
@@ -22,14 +29,23 @@ class Progress:
         """Note what begins now."""
         self._place = place
 
-    def enter_forward(self, layer: str, *, training: bool, again: bool) -> str:
+    def enter_forward(
+        self, number: int, *, is_mtp: bool, training: bool, recorded: bool, again: bool
+    ) -> str:
         """Note that a layer's forward begins, and return it in words.
 
         Args:
-            layer: which one.
+            number: of the layer, from 1.
+            is_mtp: whether it is of multi-token prediction.
             training: whether it is counted.
+            recorded: whether autograd records it.
             again: whether it is recomputed, and not to be counted again.
         """
+        layer = _name_layer(number, is_mtp)
+        self._entered += 1
+        kind = _TRAINING * training + _RECORDED * recorded + _AGAIN * again + _MTP * is_mtp
+        where = number << _LAYER_SHIFT | self._entered << _COUNT_SHIFT
+        self.mark = (kind | where) % (1 << _MARK_BITS)
         if not training:
             place = f"{layer}, evaluation"
         else:
@@ -74,18 +90,38 @@ class Progress:
         """
         if min(last_plans) == max(last_plans):
             return
-        ranks = dist.get_process_group_ranks(group)
-        made_by: dict[int, list[int]] = {}
-        for rank, plan in sorted(zip(ranks, last_plans, strict=True), key=lambda pair: pair[1]):
-            made_by.setdefault(plan, []).append(rank)
         made = "; ".join(
-            f"ranks {makers}: plan {plan & (2**64 - 1):016x}" for plan, makers in made_by.items()
+            f"ranks {makers}: plan {plan & (2**64 - 1):016x}"
+            for plan, makers in _group_ranks(last_plans, group).items()
         )
         raise RuntimeError(
             f"megatron_llep: ranks that share tokens planned differently in the {self._planned_in} "
             f"({made}), so tokens or weights of that layer may be wrong. Plans are equal where "
             "counts, settings, the cost model and the versions of megatron_llep and numpy are: "
             "compare these between the ranks"
+        )
+
+    def check_marks(self, marks: Sequence[int], group: dist.ProcessGroup) -> None:
+        """Check that all ranks are in the same forward.
+
+        Args:
+            marks: [R], as they sent them.
+            group: these sources.
+
+        Raises:
+            RuntimeError: on all ranks alike; says which rank is where, and the way out.
+        """
+        if min(marks) == max(marks):
+            return
+        where = "; ".join(
+            f"ranks {ranks}: {_describe(mark)}"
+            for mark, ranks in _group_ranks(marks, group).items()
+        )
+        raise RuntimeError(
+            f"megatron_llep: ranks that share tokens are in different forwards ({where}), so "
+            "nothing that they exchange fits. They must run as many forwards as each other, of the "
+            "same models in the same order: give a rank that has no batch left one of padding, or "
+            "leave its batches out on all"
         )
 
     @contextlib.contextmanager
@@ -98,3 +134,27 @@ class Progress:
             if note not in getattr(error, "__notes__", ()):
                 error.add_note(note)
             raise
+
+
+def _name_layer(number: int, is_mtp: bool) -> str:
+    return f"{'MTP layer' if is_mtp else 'layer'} {number}"
+
+
+def _describe(mark: int) -> str:
+    """A forward in words, from its number."""
+    layer = _name_layer(mark % (1 << _COUNT_SHIFT) >> _LAYER_SHIFT, bool(mark & _MTP))
+    kind = "training" if mark & _TRAINING else "evaluation"
+    if mark & _AGAIN:
+        kind += ", recomputed"
+    elif not mark & _RECORDED:
+        kind += ", without gradients"
+    return f"{layer}, {kind}, forward {mark >> _COUNT_SHIFT} of the model's MoE layers"
+
+
+def _group_ranks(sent: Sequence[int], group: dist.ProcessGroup) -> dict[int, list[int]]:
+    """Which ranks of the job sent which number, in ascending order of these."""
+    by_number: dict[int, list[int]] = {}
+    ranks = dist.get_process_group_ranks(group)
+    for rank, number in sorted(zip(ranks, sent, strict=True), key=lambda pair: pair[1]):
+        by_number.setdefault(number, []).append(rank)
+    return by_number

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-_TRAINS, _LENDS = 1, 2
+_TRAINS, _LENDS, _FLAG_BITS = 1, 2, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,8 @@ class Counted:
     """Whether some source needs gradients of its experts' weights."""
     lends: bool
     """Whether all sources agree to lend in this forward."""
+    marks: list[int]
+    """[R], the forward that each source is in, as a number."""
     last_plans: list[int]
     """[R], digest of the plan that each source made before this count."""
 
@@ -39,6 +41,7 @@ class CountTable:
         *,
         trains: bool,
         lends: bool,
+        mark: int,
         last_plan: int,
         group: dist.ProcessGroup,
         stream: torch.cuda.Stream,
@@ -49,12 +52,13 @@ class CountTable:
             routing_map: bool [T, E].
             trains: whether this rank's experts need weight gradients.
             lends: whether this rank agrees to lend.
+            mark: the forward that this rank is in, as a number of 60 bits.
             last_plan: digest of the plan that this rank made last, 64 bits.
             group: the R sources.
             stream: for the copy, and to wait for the all-gather.
         """
         counts = routing_map.sum(dim=0, dtype=torch.int64)
-        says = (_TRAINS * trains + _LENDS * lends, last_plan)
+        says = (_TRAINS * trains + _LENDS * lends + (mark << _FLAG_BITS), last_plan)
         row = torch.cat((counts, *(counts.new_full((1,), number) for number in says)))
         self._rows = row.new_empty(dist.get_world_size(group) * row.numel())
         self._shape = (-1, row.numel())
@@ -87,5 +91,6 @@ class CountTable:
             counts=rows[:, :-2].copy(),
             trains=any(each & _TRAINS for each in says),
             lends=all(each & _LENDS for each in says),
+            marks=[each >> _FLAG_BITS for each in says],
             last_plans=last_plans,
         )

@@ -1,5 +1,6 @@
 """Models and layers that LLEP refuses, by flag, at start-up."""
 
+from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -62,6 +63,16 @@ def test_unsupported_settings_name_flag_and_remedy(changes, flag):
     with pytest.raises(ValueError, match=r"leave|use|set|must|train") as error:
         check_config(config_with(**changes), EAGER)
     assert flag in str(error.value)
+
+
+def test_of_a_configuration_the_field_is_named_too():
+    changes = {"moe_single_grouped_weight": True}
+    with pytest.raises(ValueError, match="leave the flag out") as error:
+        check_config(config_with(**changes), EAGER)
+    assert "(in Python the field is SimpleNamespace.moe_single_grouped_weight)" in str(error.value)
+    with pytest.raises(ValueError, match="leave the flag out") as error:
+        check_config(Namespace(**vars(config_with(**changes))), EAGER)
+    assert "in Python" not in str(error.value)
 
 
 FLEX_EP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}

@@ -247,7 +247,7 @@ _ROWS = (
     ),
     (
         "`--moe-enable-routing-replay`",
-        "the replayed routing is obeyed",
+        "the replayed routing is obeyed, also where a token names an expert twice",
     ),
     (
         "`--mtp-num-layers`",

@@ -23,7 +23,10 @@ def find_refusals(source: Any) -> Iterator[str]:
         if setting.is_set(source):
             read = setting.value or attrgetter(setting.name)
             value = read(source)
-            yield f"{setting.flag} {value}: not supported with --moe-llep; {setting.text}"
+            yield (
+                f"{setting.flag} {value}: not supported with --moe-llep; {setting.text}"
+                f"{_in_python(setting, source)}"
+            )
 
 
 def find_notices(source: Any, dispatcher: str = "alltoall") -> list[str]:
@@ -45,7 +48,7 @@ def find_built_in(config: Any) -> Iterator[str]:
         if setting.is_built_in and setting.is_set(config):
             yield (
                 f"{setting.describe(config)}: the model was built with it, and keeps it; leave the "
-                "flag out"
+                f"flag out{_in_python(setting, config)}"
             )
 
 
@@ -67,6 +70,13 @@ def replace_settings(config: Any, dispatcher: str = "alltoall") -> list[str]:
             setattr(config, name, value)
     graphs.keep_planning_out_of_graphs(config)
     return notices
+
+
+def _in_python(setting: Setting, source: Any) -> str:
+    """The field of a configuration: where it is made in Python there is no flag to leave out."""
+    if isinstance(source, Namespace):
+        return ""
+    return f" (in Python the field is {type(source).__name__}.{setting.name})"
 
 
 def _find_replaced(source: Any, dispatcher: str) -> Iterator[Setting]:
