@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-_TRAINS, _LENDS = 1, 2
+from megatron_llep.placement.rank_note import Notes, RankNote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,8 @@ class Counted:
 
     counts: np.ndarray
     """int64 [R, E], tokens from each source to each expert."""
-    trains: bool
-    """Whether some source needs gradients of its experts' weights."""
-    lends: bool
-    """Whether all sources agree to lend in this forward."""
+    notes: Notes
+    """What the sources said beside."""
     last_plans: list[int]
     """[R], digest of the plan that each source made before this count."""
 
@@ -37,8 +35,7 @@ class CountTable:
         self,
         routing_map: torch.Tensor,
         *,
-        trains: bool,
-        lends: bool,
+        note: RankNote,
         last_plan: int,
         group: dist.ProcessGroup,
         stream: torch.cuda.Stream,
@@ -47,15 +44,14 @@ class CountTable:
 
         Args:
             routing_map: bool [T, E].
-            trains: whether this rank's experts need weight gradients.
-            lends: whether this rank agrees to lend.
+            note: what this rank says beside.
             last_plan: digest of the plan that this rank made last, 64 bits.
             group: the R sources.
             stream: for the copy, and to wait for the all-gather.
         """
         counts = routing_map.sum(dim=0, dtype=torch.int64)
-        says = (_TRAINS * trains + _LENDS * lends, last_plan)
-        row = torch.cat((counts, *(counts.new_full((1,), number) for number in says)))
+        said = (note.encode(), last_plan)
+        row = torch.cat((counts, *(counts.new_full((1,), number) for number in said)))
         self._rows = row.new_empty(dist.get_world_size(group) * row.numel())
         self._shape = (-1, row.numel())
         self._work = dist.all_gather_into_tensor(self._rows, row, group=group, async_op=True)
@@ -82,10 +78,8 @@ class CountTable:
             self._copied.synchronize()
             table = self._host
         rows = table.numpy().reshape(self._shape)
-        says, last_plans = rows[:, -2:].T.tolist()
         return Counted(
             counts=rows[:, :-2].copy(),
-            trains=any(each & _TRAINS for each in says),
-            lends=all(each & _LENDS for each in says),
-            last_plans=last_plans,
+            notes=Notes.decode(rows[:, -2]),
+            last_plans=rows[:, -1].tolist(),
         )
