@@ -118,7 +118,13 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         with step("count.wait"):
             counted = routed.table.wait()
         notes = counted.notes
-        check_experts(notes, routed.experts, tp_size=self.tp_size, group=self.tp_ep_group)
+        check_experts(
+            notes,
+            routed.experts,
+            place=routed.place,
+            tp_size=self.tp_size,
+            group=self.tp_ep_group,
+        )
         self.progress.check_plans(counted.last_plans, self.tp_ep_group)
         start = time.perf_counter()
         with step("plan"):

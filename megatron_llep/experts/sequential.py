@@ -79,8 +79,8 @@ def describe_alike(experts: Sequence[torch.nn.Module]) -> list[str]:
                 raise ValueError(
                     f"--moe-llep: the experts of a layer are not alike: in "
                     f"experts.local_experts.0 {one}, in experts.local_experts.{number} {other}, so "
-                    "one cannot be computed in the place of another; put the same adapters around "
-                    "all of them, or around none"
+                    "one cannot be computed in the place of another; give all of them the same "
+                    "dtype, and the same adapters or none"
                 )
     for name, _ in experts[0].named_buffers():
         raise ValueError(

@@ -10,12 +10,15 @@ import torch.distributed as dist
 from megatron_llep.placement.rank_note import Notes
 
 
-def check_experts(notes: Notes, experts: str, *, tp_size: int, group: dist.ProcessGroup) -> None:
+def check_experts(
+    notes: Notes, experts: str, *, place: str, tp_size: int, group: dist.ProcessGroup
+) -> None:
     """Check that no rank refuses, and that all have experts of the same form.
 
     Args:
         notes: of all R ranks of the group.
         experts: what this rank's are made of, line by line, or why it refuses them.
+        place: which layer this is, in words.
         tp_size: ranks of expert tensor parallelism, which follow each other in the group. Each has
             its part of an expert, to be compared with the same part elsewhere.
         group: these ranks.
@@ -37,9 +40,9 @@ def check_experts(notes: Notes, experts: str, *, tp_size: int, group: dist.Proce
     one, other = _find_unlike(forms.tolist(), tp_size)
     ours, theirs = _find_difference(said[one], said[other])
     raise ValueError(
-        f"--moe-llep: experts are made of other parts on rank {numbers[one]} than on rank "
-        f"{numbers[other]} ({ours}; {theirs}), so neither can compute the other's; give all ranks "
-        "the same adapters, of the same rank and scale, around the same linears"
+        f"--moe-llep: in {place}, experts are made of other parts on rank {numbers[one]} than on "
+        f"rank {numbers[other]} ({ours}; {theirs}), so neither can compute the other's; give all "
+        "ranks the same adapters, of the same rank and scale, around the same linears"
     )
 
 

@@ -193,14 +193,14 @@ REFUSED: dict[str, tuple[Callable[[Chunks, int], None], LLEPConfig, str]] = {
     "rank of the adapters": (
         add_other_rank,
         EAGER,
-        r"other parts on rank 0 than on rank 1 \(.*linear_in.* give all ranks the same adapters",
+        r"in layer 1, .* on rank 0 than on rank 1 \(.*dim=4 .*dim=5 .* give all ranks the same",
     ),
     "scale": (add_other_scale, EAGER, r"alpha=4; .*alpha=5\).* give all ranks the same adapters"),
     "on one rank": (add_on_one_rank, EAGER, "give all ranks the same adapters"),
     "on one expert": (
         add_to_one_expert,
         EAGER,
-        r"not alike: in experts.local_experts.0 .* around all of them.*in layer 2\): rank 0 ",
+        r"not alike: in experts.local_experts.0 .* the same adapters or none.*in layer 2\): rank 0 ",
     ),
     "hooks": (add_hooks, EAGER, r"experts.local_experts.0.linear_fc1.*has a gradient hook"),
     "a buffer": (add_a_buffer, EAGER, r"local_experts.0.linear_fc1.scale is a buffer"),

@@ -2,12 +2,14 @@
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llep.lending.parcel import ALIGNMENT, Parcel
 from megatron_llep.lending.trained import find_common_dtype, find_trained, list_trained
 from megatron_llep.placement.rank_note import DIGEST_BITS, MASK_BITS, Notes, RankNote
+
+FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
 NOTES = st.builds(
     RankNote,
@@ -18,6 +20,7 @@ NOTES = st.builds(
 )
 
 
+@FEW
 @given(st.lists(NOTES, min_size=1, max_size=5))
 def test_notes_survive_the_way(notes):
     numbers = np.array([note.encode() for note in notes], dtype=np.int64)
@@ -31,6 +34,7 @@ def test_notes_survive_the_way(notes):
         assert bool(decoded.trains >> bit & 1) == wanted
 
 
+@FEW
 @given(st.lists(st.lists(st.booleans(), min_size=20, max_size=20), min_size=1, max_size=3))
 def test_whatever_trains_returns(experts):
     natives = [
@@ -44,6 +48,7 @@ def test_whatever_trains_returns(experts):
     assert trained == sorted(trained)
 
 
+@FEW
 @given(
     st.lists(
         st.tuples(
