@@ -188,7 +188,8 @@ def find_parts(
             if isinstance(module, grouped_kind):
                 found.grouped.append(module)
                 kinds = ("weight", "bias") if module.use_bias else ("weight",)
-                found.parts += [Numbered(path=below, owner=module, name=kind) for kind in kinds]
+                for kind in kinds:
+                    found.parts.append(Numbered(path=below, owner=module, name=kind))
                 continue
             if getattr(module, "num_local_experts", None) == num_native:
                 found.counting.append(module)

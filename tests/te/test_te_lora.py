@@ -28,6 +28,7 @@ pytestmark = pytest.mark.te
 
 EP2 = Layout(ep=2)
 REFETCH = replace(EAGER, foreign_weights="refetch")
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 FUSED = {"gradient_accumulation_fusion": True}
 RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 MOE_ACT = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
@@ -174,13 +175,14 @@ def add_magnitudes(chunks: Chunks, rank: int) -> None:
     adapter.weight_magnitude = nn.Parameter(torch.ones(1))
 
 
-REFUSED = {
+REBF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+FUSED = {
     "values": (spoil_values, {}, r"linear_fc2.adapter.linear_in.weight has the values"),
     "half": (hook_one_half, {}, r"linear_fc1.adapter.linear_out.*share all of it or nothing"),
     "magnitude": (add_magnitudes, {}, r"has adapter.weight_magnitude, which is no half"),
     "delayed": (
         lambda chunks, rank: Lora("packed").add(chunks),
-        {"delay_wgrad_compute": True, "overlap_moe_expert_parallel_comm": True},
+        BF16 | {"delay_wgrad_compute": True, "overlap_moe_expert_parallel_comm": True},
         r"--delay-wgrad-compute: experts.linear_fc1 is a LoRALinear",
     ),
 }
