@@ -175,8 +175,7 @@ def add_magnitudes(chunks: Chunks, rank: int) -> None:
     adapter.weight_magnitude = nn.Parameter(torch.ones(1))
 
 
-REBF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
-FUSED = {
+REFUSED = {
     "values": (spoil_values, {}, r"linear_fc2.adapter.linear_in.weight has the values"),
     "half": (hook_one_half, {}, r"linear_fc1.adapter.linear_out.*share all of it or nothing"),
     "magnitude": (add_magnitudes, {}, r"has adapter.weight_magnitude, which is no half"),
