@@ -23,12 +23,14 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.lending.agreement import check_experts
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.ranges import step
 from megatron_llep.placement import list_pairs, place_tokens
 from megatron_llep.placement.counting import CountTable
 from megatron_llep.placement.exchange import TokenExchange
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, take
+from megatron_llep.placement.rank_note import RankNote
 from megatron_llep.planner import Topology, plan_over_replicas
 from megatron_llep.planner.cost.layer import get_layer_cost
 
@@ -86,22 +88,18 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         return self.ep_rank * self.tp_size + self.tp_rank
 
     @step("count.start")
-    def start_count(
-        self, routing_map: torch.Tensor, *, trains: bool = True, lends: bool = True
-    ) -> Routed:
+    def start_count(self, routing_map: torch.Tensor, note: RankNote | None = None) -> Routed:
         """Start gathering all ranks' counts, for which `plan` waits; all ranks in the same order.
 
         Meanwhile the GPU does what needs no plan.
 
         Args:
             routing_map: bool [T, E].
-            trains: whether this rank's experts need weight gradients.
-            lends: whether this rank agrees to lend; nothing is lent unless all do.
+            note: what this rank says beside; nothing is lent unless all ranks agree to.
         """
         table = CountTable(
             routing_map,
-            trains=trains,
-            lends=lends,
+            note=note or RankNote(),
             mark=self.progress.mark,
             last_plan=self.progress.last_plan,
             group=self.tp_ep_group,
@@ -115,11 +113,20 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         """Plan from all ranks' counts.
 
         Raises:
+            ValueError: the ranks' experts cannot be lent to each other.
             RuntimeError: the ranks are in different forwards, or their plans differ.
         """
         with step("count.wait"):
             counted = routed.table.wait()
         self.progress.check_marks(counted.marks, self.tp_ep_group)
+        notes = counted.notes
+        check_experts(
+            notes,
+            routed.experts,
+            place=routed.place,
+            tp_size=self.tp_size,
+            group=self.tp_ep_group,
+        )
         self.progress.check_plans(counted.last_plans, self.tp_ep_group)
         start = time.perf_counter()
         with step("plan"):
@@ -128,7 +135,7 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
                 num_replicas=self.num_replicas,
                 num_ranks=self.ep_size,
                 planner=self.llep.planner,
-                max_foreign=self.llep.max_foreign_experts if counted.lends else 0,
+                max_foreign=self.llep.max_foreign_experts if notes.lends else 0,
                 capacity_factor=self.llep.capacity_factor,
                 min_tokens_per_gemm=self.llep.min_tokens_per_gemm,
                 imbalance_threshold=self.llep.imbalance_threshold,
@@ -144,7 +151,7 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
             **vars(routed),
             counts=counts,
             plan=plan,
-            trains=counted.trains,
+            trains=notes.trains,
             plan_seconds=plan_seconds,
         )
         for listener in self.on_plan:

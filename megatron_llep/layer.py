@@ -21,10 +21,11 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
+from megatron_llep.experts.changes import SeenExperts
+from megatron_llep.experts.form import ExpertForm, look_at_experts
 from megatron_llep.experts.grouped_mm import GroupedMM
 from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.experts.te_grouped import leave_fused_operations
-from megatron_llep.experts.unchanged import UnchangedExperts
 from megatron_llep.integration.settings.notices import Notices
 from megatron_llep.integration.settings.table import replace_settings
 from megatron_llep.lending.loan import WeightLoan
@@ -37,10 +38,13 @@ from megatron_llep.lending.nodes import (
     relay,
     settle,
 )
+from megatron_llep.lending.progress import name_layer
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
+from megatron_llep.lending.trained import find_common_dtype, find_trained
 from megatron_llep.metrics import record_exchange, record_plan
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, read, take
+from megatron_llep.placement.rank_note import RankNote
 from megatron_llep.travel.kinds import make_dispatcher
 from megatron_llep.validation import check_config, check_layer
 
@@ -113,7 +117,8 @@ class LLEPMoELayer(MoELayer):
         leave_fused_operations(self.experts)
         self.llep = llep
         self.lendable = make_lendable(self.experts)
-        self.unchanged_experts = UnchangedExperts(self.experts)
+        self._seen_experts = SeenExperts()
+        self._expert_form = ExpertForm()
         self.shared_lending = shared
         self.lending_group = groups.lending
         self.token_dispatcher = make_dispatcher(
@@ -164,7 +169,6 @@ class LLEPMoELayer(MoELayer):
                 "transformer_engine, or none"
             )
         place = self._enter_forward()
-        self.unchanged_experts.check(self.experts)
         # Its node is older than the router's, so gradients of the layer's input still add up in
         # Megatron's order, to the same bits.
         shared_input = hidden_states.view_as(hidden_states)
@@ -304,12 +308,34 @@ class LLEPMoELayer(MoELayer):
 
     def _start_count(self, routing_map: torch.Tensor) -> Routed:
         """Start counting; meanwhile the host reads off the experts what needs no plan."""
-        routed = self.token_dispatcher.start_count(
-            routing_map, trains=self.lendable.trains(), lends=self.shared_lending.lends
+        if self._seen_experts.have_changed(self.experts):
+            self._look_at_experts()
+        form = self._expert_form
+        natives = [] if form.refused else self.lendable.weights()
+        note = RankNote(
+            trains=find_trained(natives),
+            lends=self.shared_lending.lends,
+            refuses=form.refused,
+            experts=form.digest,
         )
+        routed = self.token_dispatcher.start_count(routing_map, note)
         return replace(
-            routed, natives=self.lendable.weights(), weight_waits=self.lendable.parameter_hooks()
+            routed,
+            experts=form.text,
+            natives=natives,
+            weight_waits=self.lendable.parameter_hooks(),
         )
+
+    def _look_at_experts(self) -> None:
+        """Find out what is to be lent: adapters may have been put around the experts' linears.
+
+        What cannot be lent all ranks refuse together, once they know of each other: see `plan` of
+        the dispatcher.
+        """
+        lendable, self._expert_form = look_at_experts(
+            self.experts, name_layer(self.layer_number or 0, self.is_mtp_layer)
+        )
+        self.lendable = lendable or self.lendable
 
     def _make_loan(self, planned: Planned) -> WeightLoan:
         return WeightLoan(
@@ -317,8 +343,8 @@ class LLEPMoELayer(MoELayer):
             planned.natives,
             group=self.lending_group,
             scatter_from=self.llep.scatter_from,
-            grad_dtype=self._grad_dtype(planned.natives[0][0].dtype),
-            returns=planned.trains,
+            grad_dtype=self._grad_dtype(find_common_dtype(planned.natives[0])),
+            trains=planned.trains,
             refetch=self._refetches(),
             shared=self.shared_lending,
             note_bytes=self._note_bytes,

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig, flag_of
+from megatron_llep.experts.changes import check_not_sharded
 from megatron_llep.experts.grouped_mm import check_convertible
 from megatron_llep.experts.kinds import make_lendable
 from megatron_llep.experts.precision import find_chosen_recipes
 from megatron_llep.experts.quantised import check_lendable
-from megatron_llep.experts.unchanged import check_not_sharded
 from megatron_llep.integration.settings.flex import (
     FP8_WITH_HYBRIDEP,
     find_flex_refusals,
@@ -104,12 +104,7 @@ def check_layer(layer: "MoELayer", llep: LLEPConfig) -> None:
                 f"out of its matchers, or use --moe-grouped-gemm and {' or '.join(FP8_RECIPES)}"
             )
     check_lendable(layer.experts)
-    dtypes = {weight.dtype for weight in layer.experts.parameters()}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"--moe-llep: expert weights of several dtypes ({', '.join(map(str, dtypes))}) "
-            "cannot travel in one buffer; use one dtype"
-        )
+    experts.describe()
 
 
 def check_same_on_all_ranks(llep: LLEPConfig, group: dist.ProcessGroup | None = None) -> None:

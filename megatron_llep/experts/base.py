@@ -46,9 +46,14 @@ class LendableExperts(ABC):
         """Size of what travels of one expert from or to this rank."""
         return Parcel.of(self.weights()[0]).nbytes
 
-    def trains(self) -> bool:
-        """Whether any native weight needs a gradient."""
-        return any(weight.requires_grad for weight in self.module.parameters())
+    @abstractmethod
+    def describe(self) -> list[str]:
+        """What an expert is made of, which must be the same on all ranks: some lines.
+
+        Raises:
+            ValueError: the M natives are not alike, or some part of them cannot be lent; names it,
+                and the way out.
+        """
 
     @property
     def delays_weight_grads(self) -> bool:

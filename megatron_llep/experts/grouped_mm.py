@@ -17,6 +17,8 @@ where they lie. Megatron's distributed optimizer moves parameters into a buffer 
 first, and saves its state in that order, so the order cannot be changed; a stride cannot be
 negative either. There the M weights of one linear are copied together for each GEMM that reads
 them (forward and input gradient), which takes their memory once more for that time.
+
+Adapters (LoRA) around the linears are not grouped: see `experts.expert_linears`.
 """
 
 from collections.abc import Sequence
@@ -29,8 +31,11 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.nn import functional
 
 from megatron_llep.compat import weight_shards
+from megatron_llep.experts.adapters import check_gradients_add_up
 from megatron_llep.experts.base import LendableExperts, find_gather_hooks
+from megatron_llep.experts.expert_linears import Around, ExpertLinears
 from megatron_llep.experts.grouped_linear import ROW_BYTES, Groups, grouped_linear, spread_biases
+from megatron_llep.experts.sequential import describe_alike
 from megatron_llep.lending.parcel import Weights
 
 FLAG = "--moe-llep-expert-gemm grouped_mm"
@@ -52,9 +57,13 @@ class GroupedMM(SequentialMLP):
         """
         check_convertible(module)
         module.__class__ = cls
-        experts = list(module.local_experts)
-        for name in ("linear_fc1", "linear_fc2"):
-            _lay_out([getattr(expert, name).weight for expert in experts])
+        module.find_linears()
+        for linears in zip(*module.linears.bases, strict=True):
+            _lay_out([linear.weight for linear in linears])
+
+    def find_linears(self) -> None:
+        """Look for the experts' linears, and for adapters around them."""
+        self.linears = ExpertLinears(self.local_experts)
 
     def forward(
         self,
@@ -65,10 +74,11 @@ class GroupedMM(SequentialMLP):
         """Run the M native experts on their tokens: [N, H] -> [N, H]."""
         output = run_experts(
             self.local_experts[0],
-            [_use_weights(expert) for expert in self.local_experts],
+            [_use_weights(*bases) for bases in self.linears.bases],
             permuted_local_hidden_states,
             tokens_per_expert.tolist(),
             permuted_probs,
+            around=self.linears.around_natives(),
         )
         return output, None
 
@@ -78,9 +88,29 @@ class LendableGroupedMM(LendableExperts):
 
     module_type = GroupedMM
 
+    def __init__(self, module: GroupedMM):
+        """See the class.
+
+        Raises:
+            ValueError: the linears are not Megatron's, or adapters around them are not known.
+        """
+        super().__init__(module)
+        module.find_linears()
+        self._linears = module.linears
+        check_linears(self._linears)
+        self._per_expert = len(_get_weights(*self._linears.bases[0]))
+
+    def describe(self) -> list[str]:
+        """See the base class."""
+        check_gradients_add_up(self.module)
+        return describe_alike(self.module.local_experts)
+
     def weights(self) -> list[Weights]:
-        """M tuples of parameters, in the order of their names."""
-        return [_get_weights(expert) for expert in self.module.local_experts]
+        """M tuples of parameters: of the linears, then of adapters, if there are any."""
+        return [
+            _get_weights(*bases) + self._linears.adapter_weights(expert)
+            for expert, bases in enumerate(self._linears.bases)
+        ]
 
     def compute_foreign(
         self,
@@ -90,7 +120,14 @@ class LendableGroupedMM(LendableExperts):
         foreign: Sequence[Weights],
     ) -> torch.Tensor:
         """Run F foreign experts on their tokens: [n, H] -> [n, H]."""
-        return run_experts(self.module.local_experts[0], foreign, hidden, tokens, probs)
+        return run_experts(
+            self.module.local_experts[0],
+            [each[: self._per_expert] for each in foreign],
+            hidden,
+            tokens,
+            probs,
+            around=self._linears.around_foreign([each[self._per_expert :] for each in foreign]),
+        )
 
 
 def run_experts(
@@ -99,16 +136,18 @@ def run_experts(
     hidden: torch.Tensor,
     tokens_per_expert: Sequence[int],
     probs: torch.Tensor,
+    around: Sequence[Around | None] = (None, None),
 ) -> torch.Tensor:
     """Run experts on their tokens, as Megatron's `SequentialMLP` does.
 
     Args:
         like: one of Megatron's experts, for its configuration and activation function.
-        experts: each expert's weights, in the order of `like`'s parameters: of the first linear,
-            then of the second, a weight and, if the experts have biases, a bias.
+        experts: each expert's weights: of the first linear, then of the second, a weight and, if
+            the experts have biases, a bias.
         hidden: [n, H], sorted by expert.
         tokens_per_expert: on the host.
         probs: [n], the router's weight of each row.
+        around: the adapters of the first and of the second linear.
 
     Returns:
         [n, H], each row weighted by its probability.
@@ -122,9 +161,9 @@ def run_experts(
     expert = SimpleNamespace(
         config=like.config,
         activation_func=like.activation_func,
-        linear_fc1=_Linear(groups, *fc1),
+        linear_fc1=_Linear(groups, *fc1, around=around[0]),
         # MLP would take a bias of this one for the same in all rows, so it is added below.
-        linear_fc2=_Linear(groups, fc2[0]),
+        linear_fc2=_Linear(groups, fc2[0], around=around[1]),
     )
     output, _ = MLP.forward(expert, hidden, probs)
     for biases in fc2[1:]:
@@ -148,11 +187,18 @@ def check_convertible(module: torch.nn.Module) -> None:
             f"{FLAG}: computes the experts of Megatron's SequentialMLP, not of "
             f"{type(module).__name__}; leave --moe-grouped-gemm out, {_INSTEAD}"
         )
-    for expert in module.local_experts:
-        for linear, kind in (
-            (expert.linear_fc1, ColumnParallelLinear),
-            (expert.linear_fc2, RowParallelLinear),
-        ):
+    check_linears(ExpertLinears(module.local_experts))
+
+
+def check_linears(linears: ExpertLinears) -> None:
+    """Check that a `GroupedMM` can compute these linears, and the adapters around them.
+
+    Raises:
+        ValueError: names the flag, what does not fit and the way out.
+    """
+    linears.check_known()
+    for fc1, fc2 in linears.bases:
+        for linear, kind in ((fc1, ColumnParallelLinear), (fc2, RowParallelLinear)):
             if type(linear) is not kind or weight_shards(linear) > 1:
                 raise ValueError(
                     f"{FLAG}: computes experts of Megatron's own linear layers, not of "
@@ -202,31 +248,38 @@ class _Linear(torch.nn.Module):
         groups: Groups,
         weights: Sequence[torch.Tensor],
         biases: Sequence[torch.Tensor] | None = None,
+        *,
+        around: Around | None = None,
     ):
         super().__init__()
         self._weights, self._biases, self._groups = weights, biases, groups
+        self._around = around
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[n, in] -> [n, out] and the rows' biases [n, out], as Megatron's linears do."""
         biases = None if self._biases is None else spread_biases(self._biases, self._groups)
-        return grouped_linear(hidden, self._weights, self._groups), biases
+        output = grouped_linear(hidden, self._weights, self._groups)
+        if self._around is not None:
+            sizes = list(self._groups.sizes)
+            rows = zip(self._around, hidden.split(sizes), output.split(sizes), strict=True)
+            output = torch.cat([adapt(*of_expert) for adapt, *of_expert in rows])
+        return output, biases
 
 
-def _use_weights(expert: MLP) -> Weights:
+def _use_weights(fc1: torch.nn.Module, fc2: torch.nn.Module) -> Weights:
     """An expert's weights, to be read now.
 
     The linears, which are not called, have hooks by which `--overlap-param-gather` waits for
     their parameters.
     """
-    for linear in (expert.linear_fc1, expert.linear_fc2):
+    for linear in (fc1, fc2):
         for hook in find_gather_hooks(linear):
             hook(linear, ())
-    return _get_weights(expert)
+    return _get_weights(fc1, fc2)
 
 
-def _get_weights(expert: MLP) -> Weights:
+def _get_weights(fc1: torch.nn.Module, fc2: torch.nn.Module) -> Weights:
     """In the order of the expert's parameters. By name: iterating over modules is slow."""
-    fc1, fc2 = expert.linear_fc1, expert.linear_fc2
     weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     return tuple(weight for weight in weights if weight is not None)
 

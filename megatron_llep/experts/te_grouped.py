@@ -5,8 +5,9 @@ F <= M foreign experts.
 
 TE's `GroupedLinear` finds its experts by name: weight0 to weight{num_gemms - 1}, biases likewise.
 Foreign experts are computed in a second call of the same module, and have these names for as long
-as it lasts, as plain attributes, which hide the parameters: `torch.nn.Module` looks for those last.
-So the module's state dict and parameters know nothing of them.
+as it lasts, as plain attributes, which hide the parameters (`experts.hosting`). Adapters (LoRA)
+around the linears are given those of the foreign experts likewise: whose what is says
+`experts.te_parts`.
 
 Natives and foreign experts do not share a GEMM: TE launches one for each expert anyway, and natives
 need not wait for foreign weights then. Of what the two calls share:
@@ -29,14 +30,26 @@ need not wait for foreign weights then. Of what the two calls share:
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import TEGroupedLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
+from megatron_llep.experts.adapters import (
+    WAY_OUT,
+    check_gradients_add_up,
+    describe,
+    describe_tensor,
+    describe_values,
+    find_base_name,
+    unwrap,
+)
 from megatron_llep.experts.base import LendableExperts
+from megatron_llep.experts.hosting import attributes
+from megatron_llep.experts.te_parts import find_parts
 from megatron_llep.lending.parcel import Weights
+
+_LINEARS = ("linear_fc1", "linear_fc2")
 
 
 class LendableTEGroupedMLP(LendableExperts):
@@ -49,10 +62,11 @@ class LendableTEGroupedMLP(LendableExperts):
         """See the class.
 
         Raises:
-            ValueError: the linears are not Transformer Engine's.
+            ValueError: the linears are not Transformer Engine's, or what is around them is not
+                known.
         """
         super().__init__(module)
-        self._linears = (module.linear_fc1, module.linear_fc2)
+        self._linears = tuple(unwrap(getattr(module, name)) for name in _LINEARS)
         for linear in self._linears:
             if TEGroupedLinear is None or not isinstance(linear, TEGroupedLinear):
                 raise ValueError(
@@ -60,17 +74,29 @@ class LendableTEGroupedMLP(LendableExperts):
                     f"Engine's grouped linears, not of {type(linear).__name__}; use Megatron's "
                     "TEColumnParallelGroupedLinear and TERowParallelGroupedLinear"
                 )
+        self._found = find_parts(module, _LINEARS, TEGroupedLinear, self.num_native)
+        self._check_adapters()
+
+    def describe(self) -> list[str]:
+        """See the base class."""
+        check_gradients_add_up(self.module, apart={id(each) for each in self._found.same.values()})
+        lines = [
+            f"{name}: {line}"
+            for name in _LINEARS
+            for line in describe(getattr(self.module, name), apart=self._base_name(name))
+        ]
+        for part in self._found.parts:
+            tensor = part.of_natives(self.num_native)[0]
+            lines.append(describe_tensor(f"{part.path}.{part.name}", tensor))
+        return lines + [describe_values(path, each) for path, each in self._found.same.items()]
 
     def weights(self) -> list[Weights]:
-        """M tuples: weight and bias, if any, of the first linear, then of the second."""
-        return [
-            tuple(
-                getattr(linear, f"{kind}{expert}")
-                for linear in self._linears
-                for kind in _parameter_kinds(linear)
-            )
-            for expert in range(self.num_native)
-        ]
+        """M tuples: of the first linear, then of the second.
+
+        Of each weight and bias, if any, then what adapters around it have for this expert.
+        """
+        parts = self._found.parts
+        return list(zip(*(part.of_natives(self.num_native) for part in parts), strict=True))
 
     @property
     def delays_weight_grads(self) -> bool:
@@ -82,7 +108,7 @@ class LendableTEGroupedMLP(LendableExperts):
         """See the base class. In the order of `TEGroupedMLP.backward_dw`."""
         with ExitStack() as stack:
             for linear in self._linears:
-                stack.enter_context(_attributes(linear, wgrad_accumulation_and_reduce_hooks=[]))
+                stack.enter_context(attributes(linear, wgrad_accumulation_and_reduce_hooks=[]))
             yield
         for linear in reversed(self._linears):
             linear._trigger_wgrad_accumulation_and_reduce_hooks()
@@ -95,41 +121,55 @@ class LendableTEGroupedMLP(LendableExperts):
         foreign: Sequence[Weights],
     ) -> torch.Tensor:
         """Run F foreign experts on their tokens: [n, H] -> [n, H]."""
-        with self._host(foreign):
+        with self._host(foreign, tokens):
             # Not the module itself: its hooks ran for the natives, once as in plain Megatron.
             output, _ = self.module.forward(hidden, torch.tensor(tokens), probs)
         return output
 
     @contextmanager
-    def _host(self, foreign: Sequence[Weights]) -> Iterator[None]:
+    def _host(self, foreign: Sequence[Weights], tokens: Sequence[int]) -> Iterator[None]:
         """Let the module compute F foreign experts, and no others, while this lasts."""
         assert len(foreign) <= self.num_native, "more foreign experts than quantisers"
-        tensors = zip(*foreign, strict=True)  # of all experts, in the order of `weights`
         with ExitStack() as stack:
             stack.enter_context(
-                _attributes(self.module, offload_expert_fc1=False, offload_moe_act=False)
+                attributes(self.module, offload_expert_fc1=False, offload_moe_act=False)
             )
             for name in ("quantization_padding", "quantization_unpadding"):
                 if hasattr(self.module, name):
                     padding = getattr(self.module, name)
-                    stack.enter_context(_attributes(padding, num_gemms=len(foreign)))
-            for linear in self._linears:
-                named = {
-                    f"{kind}{slot}": tensor
-                    for kind in _parameter_kinds(linear)
-                    for slot, tensor in enumerate(next(tensors))
-                }
+                    stack.enter_context(attributes(padding, num_gemms=len(foreign)))
+            for linear in self._found.grouped:
                 # Without that cache TE is passed is_first_microbatch=None: see above.
                 stack.enter_context(
-                    _attributes(
+                    attributes(
                         linear,
                         num_gemms=len(foreign),
                         disable_parameter_transpose_cache=True,
                         wgrad_store=type(linear.wgrad_store)(),
-                        **named,
                     )
                 )
+            for hosting in self._found.host(foreign, tokens):
+                stack.enter_context(hosting)
             yield
+
+    def _check_adapters(self) -> None:
+        adapted = [name for name in _LINEARS if self._base_name(name) is not None]
+        if adapted and self.delays_weight_grads:
+            raise ValueError(
+                f"--delay-wgrad-compute: experts.{adapted[0]} is a "
+                f"{type(getattr(self.module, adapted[0])).__name__}, which has no weight gradients "
+                "to compute later; leave the flag out"
+            )
+        if self._found.shared and self.module.config.fp8:
+            raise ValueError(
+                f"--fp8-format {self.module.config.fp8}: the experts of a rank share an adapter "
+                f"(experts.{self._found.shared[0].path}) which is not the same on other ranks, and "
+                "rows that are padded cannot be told apart there; give each expert an adapter of "
+                f"its own, or {WAY_OUT}"
+            )
+
+    def _base_name(self, name: str) -> str | None:
+        return find_base_name(getattr(self.module, name))
 
 
 def leave_fused_operations(experts: torch.nn.Module) -> None:
@@ -144,21 +184,3 @@ def leave_fused_operations(experts: torch.nn.Module) -> None:
         for name in ("quantization_padding", "quantization_unpadding"):
             if hasattr(experts, name):
                 getattr(experts, name).align_size = None  # found at the first forward
-
-
-def _parameter_kinds(linear: torch.nn.Module) -> tuple[str, ...]:
-    return ("weight", "bias") if linear.use_bias else ("weight",)
-
-
-@contextmanager
-def _attributes(owner: Any, **values: Any) -> Iterator[None]:
-    """Give an object attributes for a while; what it had before comes back, whatever happens."""
-    attributes = vars(owner)
-    before = {name: attributes[name] for name in values if name in attributes}
-    attributes.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del attributes[name]
-        attributes.update(before)

@@ -1,6 +1,7 @@
 """Where the gradients of one loan's foreign experts add up, from backward to their return.
 
-Letters: F foreign experts of this rank in one plan, W numbers in one expert's weights.
+Letters: F foreign experts of this rank in one plan, W numbers in those of one expert's weights that
+train.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,8 +33,8 @@ class ForeignGrads:
         """Give each weight its `main_grad`; allocate nothing yet.
 
         Args:
-            foreign: F experts' weights.
-            dtype: that weights show.
+            foreign: F experts' weights, those that train.
+            dtype: that weights show, or what they can all be promoted to.
             device: of the weights.
             scratch: where the memory comes from.
         """

@@ -1,7 +1,7 @@
 """A loan: the buffers and exchanges of one layer's lending for one micro-batch.
 
 Letters: P ranks of the expert-parallel group, M native experts a rank, F foreign experts of this
-rank in one plan, W numbers in one expert's weights, B units in its parcel.
+rank in one plan, W numbers in those of one expert's weights that train, B units in its parcel.
 
 A fetch starts when this rank's tokens are on their way, so that they do not wait for the host to
 prepare it. With all-to-all it does not wait for them, as the main stream does so only afterwards
@@ -38,7 +38,7 @@ On a GPU packing, exchanges and unpacking run on a side stream. Why this is safe
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -51,6 +51,7 @@ from megatron_llep.lending.parcel import Parcel, Weights, drop_derived
 from megatron_llep.lending.pending import PendingExchanges
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
+from megatron_llep.lending.trained import find_common_dtype, list_trained
 from megatron_llep.lending.transfers import RankTransfers, find_lent, has_shards
 from megatron_llep.planner import Plan
 
@@ -70,7 +71,7 @@ class WeightLoan:
         group: dist.ProcessGroup,
         scatter_from: int,
         grad_dtype: torch.dtype,
-        returns: bool,
+        trains: int,
         refetch: bool,
         shared: SharedLending,
         note_bytes: Callable[[int, int], None],
@@ -81,12 +82,12 @@ class WeightLoan:
 
         Args:
             plan: this micro-batch's plan, the same on every rank.
-            natives: M tuples of this rank's expert weights, alike in shapes and dtype on all ranks.
+            natives: M tuples of this rank's expert weights, alike in shape and dtype on all ranks.
             group: the P ranks; used for nothing else, so that lending overlaps token exchange.
             scatter_from: borrowers from which on an expert goes in shards; 0: none does.
             grad_dtype: dtype in which the gradients return.
-            returns: whether any rank trains these experts; the same on every rank. Where autograd
-                records nothing no gradient returns all the same.
+            trains: which of an expert's weights any rank trains (see `lending.trained`); the same
+                on every rank. Where autograd records nothing no gradient returns all the same.
             refetch: whether to free foreign weights after forward and lend them again in backward;
                 the same on every rank.
             shared: the model's stream, count of memory, and memory for gradients.
@@ -94,15 +95,16 @@ class WeightLoan:
         """
         self._plan, self._scatter_from = plan, scatter_from
         self.natives = natives
-        self.returns = returns and torch.is_grad_enabled()
-        """Whether gradients come home: this forward is recorded, and some rank trains experts."""
+        self.trained = list_trained(trains, len(natives[0])) if torch.is_grad_enabled() else []
+        """Numbers of the weights whose gradients come home: this forward is recorded, and some rank
+        trains them. A frozen weight beside them (of adapters) costs nothing in backward."""
         self.refetch = refetch
         """Whether foreign weights are freed after forward and lent again in backward."""
         self._grad_dtype = grad_dtype
         self._group = group
         self._shared = shared
         self._note_bytes = note_bytes
-        self._dtype, self._device = natives[0][0].dtype, natives[0][0].device
+        self._device = natives[0][0].device
         self._on_main = shared.stream_on(self._device).way_back()
         self._handed_out: list[weakref.ref[torch.Tensor]] = []
         self._held = 0
@@ -128,13 +130,18 @@ class WeightLoan:
         return has_shards(self._plan, self._scatter_from)
 
     @property
+    def returns(self) -> bool:
+        """Whether any gradient comes home."""
+        return bool(self.trained)
+
+    @property
     def tensors_per_expert(self) -> int:
         """Weights and biases of one expert."""
         return len(self.natives[0])
 
     @cached_property
     def _sizes(self) -> list[int]:
-        return [weight.numel() for weight in self.natives[0]]
+        return [self.natives[0][i].numel() for i in self.trained]
 
     @cached_property
     def _parcel(self) -> Parcel:
@@ -142,15 +149,15 @@ class WeightLoan:
 
     @cached_property
     def _transfers(self) -> RankTransfers:
-        """This rank's, in numbers of the weights; what is fetched may be other units."""
+        """This rank's, in numbers of the weights that train; what is fetched may be other units."""
         return self._cut_transfers(sum(self._sizes))
 
     @cached_property
     def _exchanges(self) -> LoanExchanges:
-        as_numbers = self._parcel.width == sum(self._sizes)
+        as_returned = self._parcel.width == sum(self._sizes)
         return LoanExchanges(
             parcel=self._parcel,
-            fetched=self._transfers if as_numbers else self._cut_transfers(self._parcel.width),
+            fetched=self._transfers if as_returned else self._cut_transfers(self._parcel.width),
             returned=self._transfers,
             width=sum(self._sizes),
             group=self._group,
@@ -186,18 +193,22 @@ class WeightLoan:
             self._finish()
 
     def hand_out(self) -> list[Weights]:
-        """F experts' weights; if gradients return, with `main_grad`s (see `ForeignGrads`)."""
+        """F experts' weights; those whose gradients return have a `main_grad` (`ForeignGrads`)."""
         foreign = self._parcel.split(self._weights)
         if self._parcel.is_quantised:
             self._handed_out = [weakref.ref(weight) for expert in foreign for weight in expert]
         if self.returns:
             self._grads = ForeignGrads(
-                foreign,
-                dtype=self._dtype,
+                [self.pick_trained(expert) for expert in foreign],
+                dtype=find_common_dtype(self.pick_trained(self.natives[0])),
                 device=self._device,
                 scratch=self._shared.grad_scratch,
             )
         return foreign
+
+    def pick_trained[T](self, of_expert: Sequence[T]) -> tuple[T, ...]:
+        """Of one expert's weights, or of what stands for them, those whose gradients return."""
+        return tuple(of_expert[i] for i in self.trained)
 
     def free_weights(self) -> None:
         """Give back the memory of the foreign weights; tensors over it stay, empty."""
@@ -220,10 +231,12 @@ class WeightLoan:
         assert self._grads is not None
         self._grads.open()
 
-    def add_grads(self, grads: Iterable[torch.Tensor | None]) -> None:
+    def add_grads(self, grads: Sequence[torch.Tensor | None]) -> None:
         """Add gradients that autograd computed, in the order of the weights handed out."""
         assert self._grads is not None
-        self._grads.add(grads)
+        width = self.tensors_per_expert
+        experts = (grads[i : i + width] for i in range(0, len(grads), width))
+        self._grads.add(grad for expert in experts for grad in self.pick_trained(expert))
 
     def start_return(self) -> None:
         """Start sending the foreign gradients home and receiving those of lent experts."""
@@ -257,7 +270,7 @@ class WeightLoan:
             parts = list(find_parts(piece, self._sizes))
             sizes = [where.stop - where.start for _, where in parts]
             for (i, where), grad in zip(parts, values.split(sizes), strict=True):
-                yield piece.expert, i, where, grad
+                yield piece.expert, self.trained[i], where, grad
 
     def _cut_transfers(self, width: int) -> RankTransfers:
         return RankTransfers.of(

@@ -199,10 +199,10 @@ class _Lend(torch.autograd.Function):
     def forward(ctx, loan: WeightLoan, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.loan = loan
         ctx.set_materialize_grads(False)
-        foreign = [weight for expert in loan.hand_out() for weight in expert]
-        if not loan.returns:
-            ctx.mark_non_differentiable(*foreign)
-        return (hidden, *foreign)
+        experts = loan.hand_out()
+        frozen = set(range(loan.tensors_per_expert)) - set(loan.trained)
+        ctx.mark_non_differentiable(*(expert[i] for expert in experts for i in frozen))
+        return (hidden, *(weight for expert in experts for weight in expert))
 
     @staticmethod
     def backward(ctx, grad_hidden, *grad_foreign):

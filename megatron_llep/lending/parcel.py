@@ -3,9 +3,10 @@
 Letters: F foreign experts of this rank, W numbers in one expert's weights, B units in its parcel.
 
 A *parcel* is B units of one dtype. Of ordinary weights it is their W numbers, one weight after
-another. An expert of which any weight is quantised (Transformer Engine's, `--fp8-param-gather`)
-travels as bytes: the FP8 data and scales, as they are, from which the borrower makes tensors of the
-same class. So it computes with the numbers of the home, by rows and by columns:
+another; of weights of several dtypes, as of adapters in fp32 around weights in bf16, the bytes of
+these. An expert of which any weight is quantised (Transformer Engine's, `--fp8-param-gather`)
+travels as bytes too: the FP8 data and scales, as they are, from which the borrower makes tensors of
+the same class. So it computes with the numbers of the home, by rows and by columns:
 
                             travels                                   the borrower makes
     MXFP8Tensor             rows and columns, data and scales,        nothing
@@ -31,7 +32,7 @@ from megatron.core.fp8_utils import is_float8tensor
 Weights = tuple[torch.Tensor, ...]
 
 ALIGNMENT = 128
-"""Bytes: where a tensor of a quantised expert may begin. Its GEMMs ask for 16."""
+"""Bytes: where a tensor may begin, in a parcel of bytes. GEMMs ask for 16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,8 @@ class Parcel:
     def of(cls, weights: Weights) -> "Parcel":
         """Of one expert, and of all experts like it. Quantised weights must be `lendable`."""
         forms = [_describe(weight) for weight in weights]
-        as_bytes = any(form.quantised for form in forms)
+        dtypes = {field.dtype for form in forms for field in form.fields}
+        as_bytes = any(form.quantised for form in forms) or len(dtypes) > 1
         dtype = torch.uint8 if as_bytes else weights[0].dtype
         start, laid_out = 0, []
         for form in forms:

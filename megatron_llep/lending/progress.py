@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_llep.planner import Plan
 
 _TRAINING, _RECORDED, _AGAIN, _MTP = 1, 2, 4, 8
-_LAYER_SHIFT, _COUNT_SHIFT, _MARK_BITS = 4, 20, 60
+_LAYER_SHIFT, _COUNT_SHIFT, _MARK_BITS = 4, 20, 63
 
 
 class Progress:
@@ -20,7 +20,7 @@ class Progress:
         self._forwards: dict[str, int] = {}
         self._entered = 0
         self.mark = 0
-        """The forward that this rank entered last, as a number below 2 ** 60: which layer, what
+        """The forward that this rank entered last, as a number below 2 ** 63: which layer, what
         for, and how many there were before. Equal on ranks that share tokens."""
         self._planned_in = self._place
         self._last_plan: Plan | None = None
@@ -41,7 +41,7 @@ class Progress:
             recorded: whether autograd records it.
             again: whether it is recomputed, and not to be counted again.
         """
-        layer = _name_layer(number, is_mtp)
+        layer = name_layer(number, is_mtp)
         self._entered += 1
         kind = _TRAINING * training + _RECORDED * recorded + _AGAIN * again + _MTP * is_mtp
         where = number << _LAYER_SHIFT | self._entered << _COUNT_SHIFT
@@ -136,13 +136,14 @@ class Progress:
             raise
 
 
-def _name_layer(number: int, is_mtp: bool) -> str:
+def name_layer(number: int, is_mtp: bool) -> str:
+    """A layer in words."""
     return f"{'MTP layer' if is_mtp else 'layer'} {number}"
 
 
 def _describe(mark: int) -> str:
     """A forward in words, from its number."""
-    layer = _name_layer(mark % (1 << _COUNT_SHIFT) >> _LAYER_SHIFT, bool(mark & _MTP))
+    layer = name_layer(mark % (1 << _COUNT_SHIFT) >> _LAYER_SHIFT, bool(mark & _MTP))
     kind = "training" if mark & _TRAINING else "evaluation"
     if mark & _AGAIN:
         kind += ", recomputed"

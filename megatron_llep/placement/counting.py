@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-_TRAINS, _LENDS, _FLAG_BITS = 1, 2, 2
+from megatron_llep.placement.rank_note import Notes, RankNote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,8 @@ class Counted:
 
     counts: np.ndarray
     """int64 [R, E], tokens from each source to each expert."""
-    trains: bool
-    """Whether some source needs gradients of its experts' weights."""
-    lends: bool
-    """Whether all sources agree to lend in this forward."""
+    notes: Notes
+    """What the sources said beside."""
     marks: list[int]
     """[R], the forward that each source is in, as a number."""
     last_plans: list[int]
@@ -39,8 +37,7 @@ class CountTable:
         self,
         routing_map: torch.Tensor,
         *,
-        trains: bool,
-        lends: bool,
+        note: RankNote,
         mark: int,
         last_plan: int,
         group: dist.ProcessGroup,
@@ -50,16 +47,15 @@ class CountTable:
 
         Args:
             routing_map: bool [T, E].
-            trains: whether this rank's experts need weight gradients.
-            lends: whether this rank agrees to lend.
-            mark: the forward that this rank is in, as a number of 60 bits.
+            note: what this rank says beside.
+            mark: the forward that this rank is in, as a number of 63 bits.
             last_plan: digest of the plan that this rank made last, 64 bits.
             group: the R sources.
             stream: for the copy, and to wait for the all-gather.
         """
         counts = routing_map.sum(dim=0, dtype=torch.int64)
-        says = (_TRAINS * trains + _LENDS * lends + (mark << _FLAG_BITS), last_plan)
-        row = torch.cat((counts, *(counts.new_full((1,), number) for number in says)))
+        said = (note.encode(), mark, last_plan)
+        row = torch.cat((counts, *(counts.new_full((1,), number) for number in said)))
         self._rows = row.new_empty(dist.get_world_size(group) * row.numel())
         self._shape = (-1, row.numel())
         self._work = dist.all_gather_into_tensor(self._rows, row, group=group, async_op=True)
@@ -86,11 +82,9 @@ class CountTable:
             self._copied.synchronize()
             table = self._host
         rows = table.numpy().reshape(self._shape)
-        says, last_plans = rows[:, -2:].T.tolist()
         return Counted(
-            counts=rows[:, :-2].copy(),
-            trains=any(each & _TRAINS for each in says),
-            lends=all(each & _LENDS for each in says),
-            marks=[each >> _FLAG_BITS for each in says],
-            last_plans=last_plans,
+            counts=rows[:, :-3].copy(),
+            notes=Notes.decode(rows[:, -3]),
+            marks=rows[:, -2].tolist(),
+            last_plans=rows[:, -1].tolist(),
         )

@@ -45,6 +45,8 @@ class Routed:
     """This rank's, listed while the counts travel."""
     place: str = "a layer"
     """Which layer and micro-batch this is, in words."""
+    experts: str = ""
+    """What this rank's experts are made of, or why it refuses them (`lending.agreement`)."""
     natives: "Sequence[Weights]" = ()
     """M experts' weights."""
     weight_waits: Sequence[Callable[[], object]] = ()
@@ -61,8 +63,8 @@ class Planned(Routed):
     """int64 [R, D * E], tokens from each source to each replica of each expert."""
     plan: Plan
     """For D * E experts, M of them native to each rank."""
-    trains: bool
-    """Whether some rank needs gradients of its experts' weights."""
+    trains: int
+    """Which weights of its experts some rank needs gradients of, a bit for each; 0 if none."""
     plan_seconds: float
     loan: "WeightLoan | None" = None
     """Of the experts that this rank lends and borrows; None where nothing is lent."""

@@ -47,7 +47,7 @@ def list_types(chunks: Chunks) -> list[type]:
     [
         (make_special, "cannot convert a Special"),
         (mark_as_sharded, r"FSDP shards .* use Megatron's DDP"),
-        (change_dtype, "several dtypes"),
+        (change_dtype, "not alike: .* the same dtype"),
     ],
 )
 def test_one_ranks_refusal_is_that_of_all(spoil, reason):

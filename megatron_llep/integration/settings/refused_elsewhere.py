@@ -79,17 +79,20 @@ _ROWS = (
         "lent experts are not quantised by it: leave the flag out",
     ),
     (
-        "expert weights of several dtypes",
-        "they cannot travel in one buffer: use one dtype",
-    ),
-    (
         "a subclass of Megatron's `MoELayer`, in a model or a specification",
         "its own behaviour would be lost: use `MoELayer` itself, or leave `--moe-llep` out",
     ),
     (
-        "adapters (LoRA) or other modules put around experts after LLEP was switched on",
-        "at the first forward; an expert would be lent without them: call `convert_model` on the "
-        "model that has its adapters",
+        "adapters around experts that are not alike within a layer, on one rank or on several; "
+        "buffers in experts",
+        "at conversion, or at the first forward if they were put there later; a borrower would "
+        "compute with something else: put the same around all experts of a layer",
+    ),
+    (
+        "other adapters than LoRA (DoRA, say) around the linears of `TEGroupedMLP`, or with "
+        "`--moe-llep-expert-gemm grouped_mm`; any with `--delay-wgrad-compute`",
+        "likewise; only low-rank products are known to be added to what a linear computes: use "
+        "LoRA, or leave the experts out of the target modules",
     ),
     (
         "experts whose weights FSDP shards, before or after LLEP was switched on",

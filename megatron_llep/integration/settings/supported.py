@@ -278,8 +278,11 @@ _ROWS = (
         "with all of the above; checkpoints stay those of `SequentialMLP`",
     ),
     (
-        "adapters (LoRA) in the experts of `SequentialMLP`, put in before `convert_model`",
-        "they travel with their expert",
+        "LoRA on experts, put in before or after LLEP: adapters as Megatron-Bridge's (shared by a "
+        "rank's experts or not, canonical) or ms-swift's",
+        "adapters travel with their expert, and only what trains sends gradients home; those that "
+        "Bridge keeps equal on all ranks stay at home. With dropout in adapters the rows of lent "
+        "experts draw other random numbers, of the same distribution",
     ),
     (
         "`torch_dist` checkpoints",
