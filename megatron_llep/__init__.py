@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from megatron_llep.integration.arguments import add_llep_arguments, llep_config_from_args
     from megatron_llep.integration.convert import convert_model, llep_hook, with_llep
     from megatron_llep.integration.no_lending import no_lending
+    from megatron_llep.integration.read_metrics import read_metrics
+    from megatron_llep.integration.release_buffers import release_buffers
     from megatron_llep.integration.watch_loads import watch_loads
     from megatron_llep.planner import Plan, make_plan
 
@@ -26,6 +28,8 @@ _HOME_MODULE = {
     "llep_hook": "megatron_llep.integration.convert",
     "make_plan": "megatron_llep.planner",
     "no_lending": "megatron_llep.integration.no_lending",
+    "read_metrics": "megatron_llep.integration.read_metrics",
+    "release_buffers": "megatron_llep.integration.release_buffers",
     "watch_loads": "megatron_llep.integration.watch_loads",
     "with_llep": "megatron_llep.integration.convert",
 }
@@ -40,6 +44,8 @@ __all__ = [
     "llep_hook",
     "make_plan",
     "no_lending",
+    "read_metrics",
+    "release_buffers",
     "watch_loads",
     "with_llep",
 ]

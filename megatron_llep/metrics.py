@@ -101,88 +101,128 @@ PREFIX = "moe/llep/"
 _MAXIMA = frozenset(metric.name for metric in METRICS if metric.over_micro_batches == "max")
 
 
+class _Recorded:
+    """What layers recorded on this rank, by layer of the whole model, from 0."""
+
+    def __init__(self) -> None:
+        self.plans: dict[int, int] = {}
+        self._values: dict[int, dict[str, list[float]]] = {}
+
+    def add_plan(self, layer: int, count: int = 1) -> None:
+        self.plans[layer] = self.plans.get(layer, 0) + count
+
+    def add(self, layer: int, name: str, values: list[float]) -> None:
+        recorded = self._values.setdefault(layer, {})
+        if name in recorded:
+            join = max if name in _MAXIMA else add
+            values = list(map(join, recorded[name], values))
+        recorded[name] = values
+
+    def add_all(self, other: "_Recorded") -> None:
+        for layer, count in other.plans.items():
+            self.add_plan(layer, count)
+        for layer, recorded in other._values.items():
+            for name, values in recorded.items():
+                self.add(layer, name, values)
+
+    def of_layer(self, layer: int) -> dict[str, float]:
+        """A layer's metrics, over its micro-batches."""
+        values = {}
+        for metric in METRICS:
+            value = max(self._values[layer].get(metric.name, [0.0]))  # of both ways of a link
+            if metric.over_micro_batches == "mean":
+                value /= self.plans[layer]
+            values[metric.name] = value
+        return values
+
+
 class LLEPMetricsTracker(MoEMetricsTracker):
-    """Megatron's tracker, which also sums up what each layer's plans did."""
+    """Megatron's tracker, which also sums up what each layer's plans did.
+
+    Megatron's report has what was recorded since its last one, and `read` what was recorded since
+    its own last call. Neither takes anything from the other.
+    """
 
     def __init__(self, metrics: dict[str, MetricEntry] | None = None):
         super().__init__()
         self._metrics = metrics or {}
-        # Of this rank, by layer of the whole model, from 0.
-        self._plans: dict[int, int] = {}
-        self._recorded: dict[int, dict[str, list[float]]] = {}
+        self._latest = _Recorded()
+        """Not yet passed on to the two below, so that a forward adds to one."""
+        self._unreported = _Recorded()
+        self._unread = _Recorded()
         self._sharers: dist.ProcessGroup | None = None
         self.told: set[str] = set()
         """What a user was told at start-up. Megatron keeps the tracker as long as the process."""
 
     def record_layer(self, layer: int, values: Mapping[str, float]) -> None:
         """Add one plan's metrics; `layer` counts from 0 over the whole model."""
-        self._plans[layer] = self._plans.get(layer, 0) + 1
+        self._latest.add_plan(layer)
         for name, value in values.items():
-            self._add(layer, name, [value])
+            self._latest.add(layer, name, [value])
 
     def record_exchange(
         self, layer: int, sent: int, received: int, group: dist.ProcessGroup
     ) -> None:
         """Add the bytes of one exchange of lent experts among the ranks of the group."""
-        self._add(layer, "lent_link_mib", [sent / 2**20, received / 2**20])
+        self._latest.add(layer, "lent_link_mib", [sent / 2**20, received / 2**20])
         self._sharers = group
 
     def read_layer(self, layer: int) -> dict[str, float]:
-        """A layer's metrics on this rank, over its micro-batches."""
-        values = {}
-        for metric in METRICS:
-            value = max(self._recorded[layer].get(metric.name, [0.0]))  # of both ways of a link
-            if metric.over_micro_batches == "mean":
-                value /= self._plans[layer]
-            values[metric.name] = value
-        return values
+        """A layer's metrics on this rank, over its micro-batches since the last report."""
+        self._pass_on()
+        return self._unreported.of_layer(layer)
 
     def report(self, loss_scale, iteration, writer=None, wandb_writer=None, **kwargs) -> str:
         """Report Megatron's metrics, then LLEP's; every rank must call it, as it reduces."""
-        per_layer = self._reduce(kwargs.get("pg_collection"))
+        self._pass_on()
+        table = self._reduce(self._unreported, kwargs.get("pg_collection"))
         line = super().report(loss_scale, iteration, writer, wandb_writer, **kwargs)  # clears
-        layers = np.flatnonzero(per_layer[0])
-        if len(layers) == 0:
-            return line
-
-        scalars = {}
-        for metric, values in zip(METRICS, per_layer[1:, layers], strict=True):
-            scalars[PREFIX + metric.name] = float(metric.across_layers(values))
+        scalars = _name_values(table, per_layer=bool(kwargs.get("per_layer_logging")))
+        for metric in METRICS if scalars else ():
             line += f" {metric.name}: {scalars[PREFIX + metric.name]:.2f} |"
-            if kwargs.get("per_layer_logging"):
-                for layer, value in zip(layers, values, strict=True):
-                    scalars[f"{PREFIX}{metric.name}_layer_{layer}"] = float(value)
         self._log_scalars(scalars, iteration, writer, wandb_writer)
         return line
 
+    def read(
+        self, pg_collection: ProcessGroupCollection | None, *, per_layer: bool
+    ) -> dict[str, float]:
+        """LLEP's metrics by the names under which they are logged, and forget them for `read`.
+
+        Every rank must call it, as it reduces.
+        """
+        self._pass_on()
+        table = self._reduce(self._unread, pg_collection)
+        self._unread = _Recorded()
+        return _name_values(table, per_layer=per_layer)
+
     def clear(self) -> None:
-        """Forget all values, as Megatron does after evaluation."""
+        """Forget what was not reported, as Megatron does after evaluation; not for `read`."""
         super().clear()
-        self._plans.clear()
-        self._recorded.clear()
+        self._pass_on()
+        self._unreported = _Recorded()
 
-    def _add(self, layer: int, name: str, values: list[float]) -> None:
-        recorded = self._recorded.setdefault(layer, {})
-        if name in recorded:
-            join = max if name in _MAXIMA else add
-            values = list(map(join, recorded[name], values))
-        recorded[name] = values
+    def _pass_on(self) -> None:
+        for each in (self._unreported, self._unread):
+            each.add_all(self._latest)
+        self._latest = _Recorded()
 
-    def _reduce(self, pg_collection: ProcessGroupCollection | None) -> np.ndarray:
+    def _reduce(
+        self, recorded: _Recorded, pg_collection: ProcessGroupCollection | None
+    ) -> np.ndarray:
         """[1 + K, L] of all ranks: whether there were plans in a layer, then the metrics.
 
         L is what ranks agree on, as the stages of a pipeline have different layers, and Megatron
         does not tell how many there are in a hybrid model.
         """
         stage, pipeline = _find_groups(pg_collection)
-        count = _on_device(torch.tensor([1 + max(self._plans, default=-1)]))
+        count = _on_device(torch.tensor([1 + max(recorded.plans, default=-1)]))
         for group in (stage, pipeline):
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
         table = torch.zeros(1 + len(METRICS), int(count), dtype=torch.float64)
         if not table.numel():
             return table.numpy()
-        for layer in self._plans:
-            column = [1.0, *self.read_layer(layer).values()]
+        for layer in recorded.plans:
+            column = [1.0, *recorded.of_layer(layer).values()]
             table[:, layer] = torch.tensor(column, dtype=torch.float64)
         table = _on_device(table)
         if self._sharers is not None:  # on all of them or on none
@@ -272,6 +312,20 @@ def record_exchange(
     if isinstance(tracker, LLEPMetricsTracker):
         layer = layer_number - 1 + is_mtp_layer * config.num_layers
         tracker.record_exchange(layer, sent, received, group)
+
+
+def _name_values(table: np.ndarray, *, per_layer: bool) -> dict[str, float]:
+    """From [1 + K, L], see `_reduce`: a step's metrics, and each layer's; none if no layer ran."""
+    layers = np.flatnonzero(table[0])
+    scalars: dict[str, float] = {}
+    for metric, values in zip(METRICS, table[1:, layers], strict=True):
+        if len(layers) == 0:
+            break
+        scalars[PREFIX + metric.name] = float(metric.across_layers(values))
+        if per_layer:
+            for layer, value in zip(layers, values, strict=True):
+                scalars[f"{PREFIX}{metric.name}_layer_{layer}"] = float(value)
+    return scalars
 
 
 def _find_groups(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from megatron_llep.layer import LLEPMoELayer
+from megatron_llep.integration.llep_layers import find_shared
 
 
 @contextlib.contextmanager
@@ -19,11 +19,7 @@ def no_lending(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[N
     Args:
         model: or its chunks, wrapped or not.
     """
-    chunks = [model] if isinstance(model, torch.nn.Module) else model
-    layers = [
-        layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, LLEPMoELayer)
-    ]
-    before = [(layer.shared_lending, layer.shared_lending.lends) for layer in layers]
+    before = [(shared, shared.lends) for shared in find_shared(model)]
     for shared, _ in before:
         shared.lends = False
     try:

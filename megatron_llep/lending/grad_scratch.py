@@ -36,6 +36,8 @@ class GradScratch:
         if kept is None or kept.numel() < slab.numel():
             self._kept[key] = slab
 
-    def release(self) -> None:
-        """Free what is kept. A slab that is open is kept once it is closed."""
+    def release(self) -> int:
+        """Free what is kept; return its bytes. A slab that is open is kept once it is closed."""
+        freed = sum(slab.nbytes for slab in self._kept.values())
         self._kept.clear()
+        return freed
