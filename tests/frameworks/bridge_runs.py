@@ -72,7 +72,6 @@ def make_provider(**changes: Any) -> GPTModelProvider:
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 1e-3,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_permute_fusion": True,  # as nearly every bridge sets it
         "expert_model_parallel_size": 2,
         "normalization": "RMSNorm",
         "activation_func": torch.nn.functional.silu,
@@ -104,7 +103,13 @@ def make_config(folder: Path, model: Any, **changes: Any) -> ConfigContainer:
         "optimizer": OptimizerConfig(
             optimizer="adam", lr=1e-2, min_lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0
         ),
-        "scheduler": SchedulerConfig(lr_decay_style="constant", lr_warmup_iters=0),
+        "scheduler": SchedulerConfig(
+            lr_decay_style="constant",
+            lr_warmup_iters=0,
+            start_weight_decay=0.0,
+            end_weight_decay=0.0,
+            weight_decay_incr_style="constant",
+        ),
         "ddp": DistributedDataParallelConfig(
             use_distributed_optimizer=True, overlap_grad_reduce=True, grad_reduce_in_fp32=True
         ),

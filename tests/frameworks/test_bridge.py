@@ -36,7 +36,7 @@ def train(rank: int, size: int, folder: Any) -> dict[str, BridgeRun]:
 
 
 def test_pretrain_is_that_of_bridge(tmp_path):
-    first, last = run_ranks(train, 2, tmp_path, timeout=200)
+    first, last = run_ranks(train, 2, tmp_path, timeout=600)
     plain = first["plain"].losses
     assert len(plain) == STEPS
     for rank in (first, last):
