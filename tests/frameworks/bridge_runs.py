@@ -37,8 +37,8 @@ from megatron.bridge.training.config import (  # noqa: E402
 )
 from megatron.bridge.training.gpt_step import forward_step  # noqa: E402
 from megatron.bridge.training.pretrain import pretrain  # noqa: E402
+from tiny_models import FLOAT32, LAYERS  # noqa: E402
 
-from megatron_llep.integration.local_spec import build_local_block_spec  # noqa: E402
 from support.routing import Routing, force_routing  # noqa: E402
 
 STEPS = 3
@@ -54,10 +54,6 @@ class BridgeRun:
     printed: str
     logged: dict[str, list[float]]
     """Of TensorBoard, by name; on the last rank."""
-
-
-def local_layers(config: Any, vp_stage: int | None = None) -> Any:
-    return build_local_block_spec(config, vp_stage)
 
 
 def make_provider(**changes: Any) -> GPTModelProvider:
@@ -80,18 +76,10 @@ def make_provider(**changes: Any) -> GPTModelProvider:
         "position_embedding_type": "rope",
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "params_dtype": torch.float32,
-        "pipeline_dtype": torch.float32,
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "transformer_layer_spec": local_layers,
-        "transformer_impl": "local",
         "seq_length": SEQUENCE,
         "vocab_size": 64,
     }
-    return GPTModelProvider(**(settings | changes))
+    return GPTModelProvider(**(LAYERS | FLOAT32 | settings | changes))
 
 
 def make_config(folder: Path, model: Any, **changes: Any) -> ConfigContainer:
