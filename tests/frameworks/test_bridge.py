@@ -133,10 +133,7 @@ def export(rank: int, size: int, folder: Path, layout: dict[str, int]) -> tuple[
                     weight.grad = None
     release_buffers(with_llep)
     plain.load_state_dict(with_llep.state_dict())
-    one, other = (
-        dict(bridge.export_hf_weights([model], show_progress=False))
-        for model in models
-    )
+    one, other = (dict(bridge.export_hf_weights([model], show_progress=False)) for model in models)
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
