@@ -11,26 +11,32 @@ from typing import Any
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 # What the kernel takes in clear_refs to set the peak back to the present (proc_pid_clear_refs(5)).
 _RESET_PEAK = "5"
 
 
-def _read_status(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+def _read_bytes(file: Path, field: str) -> int:
+    for line in file.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no field {field}")
+    raise RuntimeError(f"{file} has no field {field}")
 
 
 def get_resident_bytes(device: object = None) -> int:
     """Resident set of this process now, in bytes (``VmRSS``)."""
-    return _read_status("VmRSS")
+    return _read_bytes(_STATUS, "VmRSS")
 
 
 def get_peak_resident_bytes(device: object = None) -> int:
     """Largest resident set since the start or the last reset, in bytes (``VmHWM``)."""
-    return _read_status("VmHWM")
+    return _read_bytes(_STATUS, "VmHWM")
+
+
+def get_memory_of_machine(device: object = None) -> tuple[int, int]:
+    """Bytes that are free, and all there are: of the machine, which every rank sees whole."""
+    return _read_bytes(_MEMORY, "MemAvailable"), _read_bytes(_MEMORY, "MemTotal")
 
 
 def reset_peak_resident_bytes(device: object = None) -> None:
@@ -57,6 +63,7 @@ def install_memory_statistics() -> None:
     """Let ``torch.cuda``'s memory statistics report the resident set of this process."""
     replacements: dict[str, Any] = {
         "memory_stats": get_memory_stats,
+        "mem_get_info": get_memory_of_machine,
         "reset_peak_memory_stats": reset_peak_resident_bytes,
         "reset_max_memory_allocated": reset_peak_resident_bytes,
     }

@@ -117,7 +117,8 @@ def install_tensors() -> None:
     tensor on a GPU.
 
     ``torch.compile`` returns its function unchanged: Megatron compiles small pointwise functions
-    when it is imported, which on a CPU costs minutes and gains nothing.
+    when it is imported, which on a CPU costs minutes and gains nothing. So does
+    ``torch.jit.script``, which would ask for the source of the functions replaced here.
     """
     # torch notes, once and for all, which functions `with torch.device(...)` sends elsewhere: they
     # must be the ones that ours call, or such blocks would do nothing.
@@ -132,3 +133,4 @@ def install_tensors() -> None:
     tensor.cpu = _make_cpu(tensor.cpu)
     tensor.record_stream = _record_stream
     torch.compile = _return_uncompiled
+    torch.jit.script = lambda obj, *args, **kwargs: obj

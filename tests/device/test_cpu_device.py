@@ -245,6 +245,15 @@ def test_megatrons_pointwise_functions_are_not_compiled():
 
     assert torch.compile(add) is add
     assert torch.compile(dynamic=True)(add) is add
+    assert torch.jit.script(add) is add
+
+
+def test_free_memory_is_the_machines():
+    free, total = torch.cuda.mem_get_info()
+    assert 0 < free < total
+    # Firmware and kernel keep some of it.
+    assert total <= torch.cuda.get_device_properties().total_memory
+    assert torch.cuda.memory.mem_get_info("cuda:0")[1] == total
 
 
 def test_megatron_training_starts_without_cuda():
