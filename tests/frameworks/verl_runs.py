@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,11 +57,13 @@ def make_config(folder: Path, overrides: dict[str, Any], **engine: Any) -> Train
         "infer_micro_batch_size_per_gpu": 2,
         "override_transformer_config": LAYERS | overrides,
     }
+    model = HFModelConfig(
+        path=str(folder), load_tokenizer=False, override_config={"attn_implementation": "eager"}
+    )
+    model.tokenizer = SimpleNamespace(pad_token_id=0)
     return TrainingWorkerConfig(
         model_type="language_model",
-        model_config=HFModelConfig(
-            path=str(folder), load_tokenizer=False, override_config={"attn_implementation": "eager"}
-        ),
+        model_config=model,
         engine_config=McoreEngineConfig(**(settings | engine)),
         optimizer_config=McoreOptimizerConfig(lr=1e-2, lr_decay_steps=10, lr_warmup_steps=0),
         checkpoint_config=CheckpointConfig(),
