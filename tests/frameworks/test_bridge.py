@@ -14,7 +14,7 @@ from megatron.bridge.models.model_provider import ModelProviderMixin
 from megatron.bridge.training import callbacks as bridge_callbacks
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 from megatron.core import parallel_state
-from tiny_models import FLOAT32, LAYERS, make_folder
+from tiny_models import FLOAT32, LAYERS, VOCABULARY, make_folder
 
 from megatron_llep import LLEPConfig, release_buffers
 from megatron_llep.integration.bridge import use_llep
@@ -122,7 +122,7 @@ def export(rank: int, size: int, folder: Path, layout: dict[str, int]) -> tuple[
     with_llep, plain = models
     note_decisions([with_llep], lent)
     force_routing([with_llep], Routing("hot"))
-    tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(rank))
+    tokens = torch.randint(VOCABULARY, (2, 33), generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(32).expand(2, -1)
     for _ in range(2):
         with_llep(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean().backward()

@@ -8,7 +8,7 @@ import transformers
 
 from megatron_llep.integration.local_spec import build_local_block_spec
 
-VOCABULARY = 64
+VOCABULARY = 320
 
 
 def local_layers(config: Any, vp_stage: int | None = None) -> Any:
@@ -50,10 +50,28 @@ def make_folder(folder: Path) -> Path:
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        max_position_embeddings=128,
+        max_position_embeddings=512,
         tie_word_embeddings=False,
     )
     torch.manual_seed(1)
     model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
     return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Of bytes, with the special tokens of Qwen's chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(letters + special)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=special,
+    ).save_pretrained(folder)
