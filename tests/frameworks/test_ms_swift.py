@@ -16,7 +16,7 @@ from megatron_llep.integration.frameworks import SeamError
 from megatron_llep.metrics import METRICS
 from support.ranks import run_ranks
 
-PLUGIN, MODELS = get_blocks("ms-swift", "python")
+PLUGIN, _ = get_blocks("ms-swift", "python")
 (OPTIONS,) = get_blocks("ms-swift", "sh")
 
 
