@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from framework_doc import get_blocks
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
 from megatron.bridge.models.model_provider import ModelProviderMixin
+from megatron.bridge.peft.lora import LoRA
+from megatron.bridge.peft.utils import create_peft_hook
 from megatron.bridge.training import callbacks as bridge_callbacks
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 from megatron.core import parallel_state
@@ -21,6 +24,7 @@ from megatron_llep.integration.bridge import use_llep
 from megatron_llep.integration.frameworks import SeamError
 from megatron_llep.metrics import METRICS, PREFIX
 from megatron_llep.training.hf.bridge import import_bridge
+from support.comparison import get_relative_difference
 from support.llep import note_decisions
 from support.ranks import run_ranks
 from support.routing import Routing, force_routing
@@ -162,3 +166,49 @@ def test_export_is_that_of_a_plain_model(ranks, layout, tmp_path):
     # Of each layer 6 of attention and norms, the router, 3 of each expert; and 3 of the model.
     assert {tensors for tensors, _ in results} == {2 * (8 + 1 + 3 * 8) + 3}
     assert all(lent > 0 for _, lent in results)
+
+
+def adapt(rank: int, size: int, share: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+    """Gradients of Bridge's adapters in a plain model and in one with LLEP; experts lent."""
+    gradients: list[list[torch.Tensor]] = []
+    lent: list[Any] = []
+    weights: dict[str, torch.Tensor] = {}
+    for llep in (False, True):
+        provider = make_provider()
+        provider.finalize()
+        if not parallel_state.is_initialized():
+            provider.initialize_model_parallel(seed=1)
+        lora = LoRA(target_modules=["linear_fc1", "linear_fc2"], dim=4, share_expert_adapters=share)
+        provider.register_pre_wrap_hook(create_peft_hook(lora, training=True))
+        if llep:
+            use_llep(SimpleNamespace(model=provider, peft=lora, llep=EAGER))
+        (model,) = provider.provide_distributed_model(wrap_with_ddp=False, bf16=False)
+        if llep:
+            model.load_state_dict(weights)
+            note_decisions([model], lent)
+        else:
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if "adapter" in name:
+                        weight.normal_(std=0.1)  # one half is zero
+            weights = model.state_dict()
+        force_routing([model], Routing("hot"))
+        tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(rank))
+        positions = torch.arange(32).expand(2, -1)
+        model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean().backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert trained
+        assert all("adapter" in name for name in trained)
+        gradients.append(
+            [torch.zeros(1) if grad is None else grad for _, grad in sorted(trained.items())]
+        )
+    return gradients[0], gradients[1], sum(len(decision.plan.transfers) for decision in lent)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_adapters_of_bridge(share):
+    """Of experts that run one by one; what is shared by grouped ones needs Transformer Engine."""
+    for plain, llep, lent in run_ranks(adapt, 2, share, timeout=300):
+        assert lent > 0
+        for mine, expected in zip(llep, plain, strict=True):
+            assert get_relative_difference(mine, expected) <= 1e-4
