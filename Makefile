@@ -24,6 +24,8 @@ OLDEST_TESTS := $(addprefix tests/,layer/test_layer_float64.py layer/test_dispat
 	offline/seams integration/test_spec.py sft/test_packs.py training/test_parity.py::test_every_routing)
 
 DIST_VENV := .venv-dist
+FRAMEWORKS_VENV := .venv-frameworks
+FRAMEWORKS_READY := $(FRAMEWORKS_VENV)/.ready
 
 # Layout of the demo: make demo TP=2 PP=2 EP=2
 TP ?= 1
@@ -33,8 +35,8 @@ EP ?= 2
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup bench demo finetune gpu-check test test-long test-te test-megatron test-oldest \
-	lint format dist clean
+.PHONY: help setup bench demo finetune gpu-check test test-long test-te test-frameworks test-megatron \
+	test-oldest lint format dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -74,6 +76,15 @@ $(TE_READY): pyproject.toml constraints.txt constraints-te.txt tools/find_python
 test-te: $(TE_READY) ## Transformer Engine's experts on the CPU; builds it once, 20 minutes
 	$(TE_VENV)/bin/python -m pytest -m "te and not slow and not gpu" tests/te
 
+$(FRAMEWORKS_READY): pyproject.toml constraints.txt constraints-frameworks.txt \
+		tools/find_python.sh tools/install_frameworks.sh
+	@python=$$(bash tools/find_python.sh) && echo "setup: $$python" && "$$python" -m venv $(FRAMEWORKS_VENV)
+	bash tools/install_frameworks.sh $(FRAMEWORKS_VENV)
+	@touch $@
+
+test-frameworks: $(FRAMEWORKS_READY) ## LLEP in Megatron-Bridge, verl and ms-swift, the real packages
+	$(FRAMEWORKS_VENV)/bin/python -m pytest -m "not slow and not gpu" tests/frameworks
+
 $(MEGATRON_READY): pyproject.toml constraints.txt tools/find_python.sh tools/install_megatron.sh
 	@python=$$(bash tools/find_python.sh) && echo "setup: $$python" && "$$python" -m venv $(MEGATRON_VENV)
 	bash tools/install_megatron.sh $(MEGATRON_VENV) $(VERSION)
@@ -102,4 +113,4 @@ dist: ## sdist and wheel, checked, in dist/: docs/releasing.md
 	$(DIST_VENV)/bin/python -m twine check --strict dist/*
 
 clean: ## remove .venv, .venv-* and what runs left behind
-	rm -rf $(VENV) $(TE_VENV) $(DIST_VENV) .venv-megatron-* runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-* runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -45,12 +45,17 @@ def gpt_layers_with_llep(
     args = given.pop(0) if isinstance(config, Namespace) else get_args()
     model, vp_stage = given if len(given) > 1 else (given[0], vp_stage)
     llep = llep_config_from_args(args) if hasattr(args, "moe_llep") else LLEPConfig()
-    return with_llep(_build_plain(model, vp_stage), llep)
+    return with_llep(build_plain_layers(model, vp_stage), llep)
 
 
-def _build_plain(
+def build_plain_layers(
     config: GPTModelConfig | TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
+    """Megatron's own layers for a model; without Transformer Engine those of this package.
+
+    Raises:
+        ValueError: as `build_local_block_spec`.
+    """
     transformer = getattr(config, "transformer", config)
     if transformer.transformer_impl == "local":
         if transformer.multi_latent_attention and transformer.mtp_num_layers:

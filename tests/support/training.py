@@ -75,6 +75,8 @@ class Run:
     """In place of `build_model`."""
     prepare: Callable[[Chunks], None] | None = None
     """Called with the built model chunks before DDP wraps them: to freeze, to change routers."""
+    prepare_wrapped: Callable[[list[Any]], None] | None = None
+    """Called with the chunks that DDP has wrapped, when the optimizer is built, before a step."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def train(
             run.prepare(chunks)
         wrapped = _wrap(chunks, config, run)
         optimizer = _make_optimizer(wrapped, run)
+        if run.prepare_wrapped is not None:
+            run.prepare_wrapped(wrapped)
         losses, norms = [], []
         for step in range(run.steps):
             for chunk in wrapped:
