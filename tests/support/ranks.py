@@ -6,6 +6,7 @@ An error in a rank, or a hang, fails the test with what every rank was doing.
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import pickle
 import signal
@@ -104,6 +105,7 @@ def _be_a_rank(
 ) -> None:
     """Run in the child and never return."""
     code = 1
+    of_parent = {*multiprocessing.active_children()}
     try:
         with _redirect_output(files.output), files.stacks.open("w") as stacks:
             faulthandler.enable(file=sys.stderr)
@@ -115,6 +117,9 @@ def _be_a_rank(
             except BaseException:
                 _write_whole(files.traceback, traceback.format_exc())
     finally:
+        # Of Megatron's, for what it saves: left alone they would outlive the tests.
+        for child in {*multiprocessing.active_children()} - of_parent:
+            child.kill()
         os._exit(code)
 
 
