@@ -183,7 +183,7 @@ def find_parts(
         outer = getattr(experts, linear)
         if find_base_name(outer) is not None:
             check_known(outer, linear)
-        left = {}
+        left: dict[int, Shared] = {}
         for below, module in outer.named_modules(prefix=linear):
             if isinstance(module, grouped_kind):
                 found.grouped.append(module)
@@ -215,7 +215,7 @@ def _find_shared(wrapper: torch.nn.Module, left: dict[int, Shared], found: Found
         if len(same) == len(shared):
             paths = {f"{shared[key].path}.{shared[key].name}": same[key] for key in same}
             found.same.update(paths)
-        elif not same and len(shared) == len(named):
+        elif not same and len(shared) == len(named) and not hasattr(adapter, "num_local_experts"):
             found.parts.extend(shared.values())
             found.shared.append(
                 SharedAdapter(parent=parent, name=name, adapter=adapter, parts=shared)
@@ -223,9 +223,9 @@ def _find_shared(wrapper: torch.nn.Module, left: dict[int, Shared], found: Found
         else:
             path = next(part.path for key, part in shared.items() if key not in same)
             raise ValueError(
-                f"--moe-llep: experts.{path}, of a {type(adapter).__name__}, is shared by a rank's "
-                "experts and not summed over the ranks, as other parts of the adapter are not; "
-                f"share all of it or nothing, or {WAY_OUT}"
+                f"--moe-llep: experts.{path}, of a {type(adapter).__name__}, is one for a rank's "
+                "experts and another on each rank, unlike other parts of the adapter; share all "
+                f"of it or nothing, or {WAY_OUT}"
             )
     for part in left.values():
         raise ValueError(

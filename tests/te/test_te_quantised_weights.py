@@ -39,6 +39,7 @@ from megatron_llep.lending.loan import WeightLoan
 from megatron_llep.lending.nodes import lend
 from megatron_llep.lending.parcel import Parcel
 from megatron_llep.lending.shared import SharedLending
+from megatron_llep.lending.trained import find_trained
 from megatron_llep.planner.plan import plan_from_quota
 from support.layout import Layout
 from support.llep import EAGER, assert_same_run, note_decisions
@@ -105,7 +106,7 @@ def lend_to_all(rank: int, size: int, recipe: Recipe, **settings: Any) -> dict:
         group=dist.group.WORLD,
         scatter_from=settings["scatter_from"],
         grad_dtype=torch.float32,
-        returns=True,
+        trains=find_trained(natives),
         refetch=settings["refetch"],
         shared=SharedLending(),
         note_bytes=lambda *both: noted.append(both),
