@@ -19,7 +19,6 @@ from megatron_llep.integration.arguments import llep_config_from_args
 from megatron_llep.integration.convert import with_llep
 from megatron_llep.integration.frameworks import KEY, find_seam, missing_seam, settings_from
 from megatron_llep.integration.read_metrics import read_metrics
-from megatron_llep.integration.release_buffers import release_buffers
 from megatron_llep.integration.spec import build_plain_layers
 
 _PACKAGE = "slime"
@@ -63,7 +62,6 @@ def log_last_step(
     (There is no hook after one, so the last step of a training is not logged.)
     """
     metrics = read_metrics()
-    release_buffers(model)
     is_main_rank = find_seam(
         _PACKAGE, "slime.backends.megatron_utils.initialize", "is_megatron_main_rank"
     )

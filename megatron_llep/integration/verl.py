@@ -1,9 +1,10 @@
 """verl: its Megatron engines with LLEP.
 
-    export VERL_USE_EXTERNAL_MODULES=megatron_llep.integration.verl
+    actor_rollout_ref.model.external_lib=megatron_llep.integration.verl
 
-in the environment of every worker, and settings under `override_transformer_config.llep`. verl
-imports this module then, and takes these engines, as they name the very hardware vendor.
+verl imports this module, then, where a worker reads the model's configuration, and takes these
+engines, as they are for the very vendor of the hardware. `override_transformer_config.llep` has the
+settings.
 """
 
 from typing import Any
@@ -20,11 +21,15 @@ _ENGINES = "verl.workers.engine.megatron.transformer_impl"
 _LanguageModel: Any = find_seam(_PACKAGE, _ENGINES, "MegatronEngineWithLMHead")
 _ValueModel: Any = find_seam(_PACKAGE, _ENGINES, "MegatronEngineWithValueHead")
 _register: Any = find_seam(_PACKAGE, "verl.workers.engine.base", "EngineRegistry", "register")
-_device: str = find_seam(_PACKAGE, "verl.utils.device", "get_device_name")()
 _vendor: str = find_seam(_PACKAGE, "verl.utils.device", "get_vendor")()
 
 for _base in (_LanguageModel, _ValueModel):
-    for _name in ("_build_megatron_module", "train_batch", "get_per_tensor_param"):
+    for _name in (
+        "_build_tf_config",
+        "_build_megatron_module",
+        "train_batch",
+        "get_per_tensor_param",
+    ):
         if not hasattr(_base, _name):
             raise missing_seam(_PACKAGE, f"{_base.__name__}.{_name}")
 
@@ -32,12 +37,17 @@ for _base in (_LanguageModel, _ValueModel):
 class _WithLLEP:
     """What is added to an engine of verl's, and stands before it among the bases."""
 
-    def __init__(self, model_config: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:
-        # A plain engine hands them on to Megatron-Bridge, which refuses them.
-        settings = dict(engine_config.override_transformer_config)
-        self.llep = take_settings(settings, _SETTINGS)
-        object.__setattr__(engine_config, _SETTINGS, settings)  # it is frozen
-        super().__init__(model_config, engine_config, *args, **kwargs)
+    def _build_tf_config(self) -> None:
+        # verl hands these on to Megatron-Bridge, which refuses what it does not know.
+        config = self.engine_config  # type: ignore[attr-defined]
+        given = config.override_transformer_config
+        known = dict(given)
+        self.llep = take_settings(known, _SETTINGS)
+        object.__setattr__(config, _SETTINGS, known)  # it is frozen
+        try:
+            super()._build_tf_config()  # type: ignore[misc]
+        finally:
+            object.__setattr__(config, _SETTINGS, given)
 
     def _build_megatron_module(self) -> Any:
         # It has its adapters and weights, and is wrapped; parameters stay as they are.
@@ -57,12 +67,8 @@ class _WithLLEP:
 
 
 # verl looks for (device, vendor) before it takes the engine of the device alone, so this needs no
-# VERL_ENGINE_VENDOR; one that asks for "llep" gets the same.
-_where = {
-    "backend": "megatron",
-    "device": sorted({"cuda", _device}),
-    "vendor": sorted({_vendor, "llep"}),
-}
+# VERL_ENGINE_VENDOR; one that asks for "llep" gets the same. Other devices have other engines.
+_where = {"backend": "megatron", "device": "cuda", "vendor": sorted({_vendor, "llep"})}
 
 
 @_register(model_type="language_model", **_where)

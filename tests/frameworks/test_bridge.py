@@ -184,14 +184,16 @@ def adapt(rank: int, size: int, share: bool) -> tuple[list[torch.Tensor], list[t
             use_llep(SimpleNamespace(model=provider, peft=lora, llep=EAGER))
         (model,) = provider.provide_distributed_model(wrap_with_ddp=False, bf16=False)
         if llep:
-            model.load_state_dict(weights)
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    weight.copy_(weights[name])
             note_decisions([model], lent)
         else:
             with torch.no_grad():
                 for name, weight in model.named_parameters():
                     if "adapter" in name:
                         weight.normal_(std=0.1)  # one half is zero
-            weights = model.state_dict()
+            weights = {name: weight.detach() for name, weight in model.named_parameters()}
         force_routing([model], Routing("hot"))
         tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(rank))
         positions = torch.arange(32).expand(2, -1)

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,53 +16,32 @@ from megatron_llep.metrics import METRICS, PREFIX
 from support.ranks import RankError, run_ranks
 
 EAGER = {"planner": "exact", "imbalance_threshold": 1.0}
-VARIABLE, OPTION = get_blocks("verl", "sh")
+(BLOCK,) = get_blocks("verl", "sh")
+OPTIONS = shlex.split(BLOCK)
+MODULE = OPTIONS[0].partition("=")[2]
 
 
-def test_the_variable_registers_engines_for_this_vendor():
-    name, value = VARIABLE.removeprefix("export ").strip().split("=")
-    code = """
-import verl
-from verl.workers.engine import EngineRegistry
-print([EngineRegistry.get_engine_cls(kind, "megatron").__name__
-       for kind in ("language_model", "value_model")])
-"""
-    program = f"import framework_stubs; framework_stubs.install_stubs()\n{code}"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), name: value},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert "['LLEPEngineWithLMHead', 'LLEPEngineWithValueHead']" in done.stdout, done.stderr
+def test_the_options_are_those_of_verl():
+    import verl
+    from megatron.bridge.training.utils.omegaconf_utils import parse_hydra_overrides
+    from omegaconf import OmegaConf
 
-
-def test_the_option_is_one_of_the_engine():
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    (word,) = shlex.split(OPTION)
-    (override,) = OverridesParser.create().parse_overrides([word])
-    *place, setting = override.key_or_group.split(".")
-    assert place == [
-        "actor_rollout_ref",
-        "actor",
-        "megatron",
-        "override_transformer_config",
-        "llep",
-    ]
-    assert (setting, override.value()) == ("enabled", True)
+    folder = Path(verl.__file__).parent / "trainer" / "config"
+    config = OmegaConf.load(folder / "_generated_ppo_megatron_trainer.yaml")
+    config = parse_hydra_overrides(config, OPTIONS).actor_rollout_ref
+    assert config.model.external_lib == MODULE == "megatron_llep.integration.verl"
+    for role in (config.actor, config.ref):
+        assert role.megatron.override_transformer_config.llep == {"enabled": True}
 
 
 def train(rank: int, size: int, folder: Path, layout: dict[str, int]) -> dict[str, VerlRun]:
-    import megatron_llep.integration.verl  # noqa: F401
-
     runs: dict[str, VerlRun] = {}
     for name, llep in (("plain", False), ("llep", EAGER)):
-        engine = start_engine(make_config(folder, {"llep": llep}, **layout))
+        engine = start_engine(make_config(folder, MODULE, {"llep": llep}, **layout))
+        assert type(engine).__name__ == "LLEPEngineWithLMHead", "the registry gave another one"
         runs[name] = run_engine(engine, rank)
         if name == "plain":
-            same = start_engine(make_config(folder, {}, **layout), PLAIN)
+            same = start_engine(make_config(folder, MODULE, {}, **layout), PLAIN)
             continue
         # The same parameters in verl's own engine go out as the same bits.
         for mine, other in zip(engine.module, same.module, strict=True):
@@ -109,14 +87,14 @@ def test_the_engine_trains_and_exports(ranks, layout, tmp_path):
         assert not any(name.startswith(PREFIX) for name in plain.metrics[0])
 
 
-def start_plain_with_settings(rank: int, size: int, folder: Path) -> None:
-    start_engine(make_config(folder, {"llep": EAGER}), PLAIN)
+def start_without_the_module(rank: int, size: int, folder: Path) -> None:
+    start_engine(make_config(folder, "json", {"llep": EAGER}))
 
 
-def test_without_the_variable_settings_stop_it(tmp_path):
+def test_without_the_module_settings_stop_it(tmp_path):
     make_folder(tmp_path)
     with pytest.raises(RankError, match="has no attribute 'llep'"):
-        run_ranks(start_plain_with_settings, 2, tmp_path, timeout=200)
+        run_ranks(start_without_the_module, 2, tmp_path, timeout=200)
 
 
 def test_a_version_whose_engine_has_changed(monkeypatch):

@@ -48,7 +48,9 @@ class VerlRun:
     """As verl sends them to the rollout engine."""
 
 
-def make_config(folder: Path, overrides: dict[str, Any], **engine: Any) -> TrainingWorkerConfig:
+def make_config(
+    folder: Path, external_lib: str, overrides: dict[str, Any], **engine: Any
+) -> TrainingWorkerConfig:
     settings = {
         "expert_model_parallel_size": 2,
         "expert_tensor_parallel_size": 1,
@@ -58,7 +60,10 @@ def make_config(folder: Path, overrides: dict[str, Any], **engine: Any) -> Train
         "override_transformer_config": LAYERS | overrides,
     }
     model = HFModelConfig(
-        path=str(folder), load_tokenizer=False, override_config={"attn_implementation": "eager"}
+        path=str(folder),
+        external_lib=external_lib,
+        load_tokenizer=False,
+        override_config={"attn_implementation": "eager"},
     )
     model.tokenizer = SimpleNamespace(pad_token_id=0)
     return TrainingWorkerConfig(
