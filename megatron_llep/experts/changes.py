@@ -32,6 +32,7 @@ class SeenExperts:
     """What a layer's experts were made of in the last forward."""
 
     def __init__(self) -> None:
+        self._experts: torch.nn.Module | None = None
         self._seen: list[tuple[dict, str, object]] = []
 
     def have_changed(self, experts: torch.nn.Module) -> bool:
@@ -40,9 +41,11 @@ class SeenExperts:
         It looks at the first of the experts, which takes a few dictionary look-ups: whoever changes
         experts changes all of them.
         """
-        if self._seen and all(held.get(name) is value for held, name, value in self._seen):
-            return self._seen[0][2] is not experts
-        self._seen = [({"": experts}, "", experts), *_list_first(experts)]
+        if experts is self._experts and all(
+            held.get(name) is value for held, name, value in self._seen
+        ):
+            return False
+        self._experts, self._seen = experts, _list_first(experts)
         return True
 
 
