@@ -116,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         build_parser().error(str(error))
     assignments = [f"{name}={value}" for name, value in environment.items()]
-    print(" ".join([*assignments, shlex.join(command)]), flush=True)
+    # One write: nodes share a log, and print() writes the newline by itself where nothing buffers.
+    sys.stdout.write(" ".join([*assignments, shlex.join(command)]) + "\n")
+    sys.stdout.flush()
     if not args.dry_run:
         os.execve(command[0], command, {**os.environ, **environment})
 

@@ -33,7 +33,7 @@ FLEX = replace(EAGER, dispatcher="flex")
 REFETCH = replace(FLEX, foreign_weights="refetch")
 RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 SHARED = {"moe_shared_expert_intermediate_size": 16}
-# Other ranks' numbers of tokens; Megatron 0.18 pads for no back end.
+# HybridEP wants it where ranks have unlike numbers of tokens; Megatron 0.18 has no such setting.
 PADDED = {"moe_hybridep_pad_uneven_dispatch_inputs": True} if MEGATRON >= (0, 19) else {}
 # The back ends carry probabilities in fp32.
 OF_ALLTOALL = 1e-5

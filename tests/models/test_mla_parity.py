@@ -2,6 +2,7 @@
 
 import pytest
 
+from support.latent_attention import LATENT
 from support.layout import Layout
 from support.llep import EAGER
 from support.parity import Case, compare_all
@@ -11,17 +12,7 @@ from support.versions import needs_megatron
 
 pytestmark = needs_megatron((0, 19), "latent attention without Transformer Engine")
 
-LATENT = {
-    "multi_latent_attention": True,
-    "kv_channels": 8,
-    "q_lora_rank": 10,
-    "kv_lora_rank": 12,
-    "qk_head_dim": 6,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 10,
-    "qk_layernorm": True,
-    "rope_type": "rope",
-}
+ROPE = {"rope_type": "rope"}
 YARN = {"rope_type": "yarn", "mscale_all_dim": 1.0}
 NO_QUERY_RANK = {"q_lora_rank": None}
 DEEPSEEK = YARN | {
@@ -51,7 +42,7 @@ def make_case(layout, **changes):
         routing=Routing("hot", ranks=layout.ep),
         steps=2,
         micro_batches=micro_batches,
-        config=LATENT | changes,
+        config=LATENT | ROPE | changes,
         optimizer={"lr": 0.01},
     )
     return Case(run, EAGER)

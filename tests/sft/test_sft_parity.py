@@ -17,6 +17,7 @@ from megatron_llep.compat import MEGATRON
 from megatron_llep.training.sft.dataset import SFTDataset, SFTDatasetConfig
 from megatron_llep.training.sft.tokens import TokenFile
 from megatron_llep.training.step import forward_step
+from support.latent_attention import LATENT
 from support.layout import Layout
 from support.llep import assert_same_run, train_with_llep
 from support.ranks import run_ranks
@@ -120,16 +121,7 @@ CASES = {
     },
 }
 if MEGATRON >= (0, 19):  # an older one has it with Transformer Engine alone
-    CASES[2]["latent attention"] = make_run(
-        Layout(ep=2),
-        multi_latent_attention=True,
-        q_lora_rank=10,
-        kv_lora_rank=12,
-        qk_head_dim=6,
-        qk_pos_emb_head_dim=4,
-        v_head_dim=12,
-        qk_layernorm=True,
-    )
+    CASES[2]["latent attention"] = make_run(Layout(ep=2), **LATENT)
 
 
 @pytest.fixture(scope="module")

@@ -117,10 +117,12 @@ def _be_a_rank(
             except BaseException:
                 _write_whole(files.traceback, traceback.format_exc())
     finally:
-        # Of Megatron's, for what it saves: left alone they would outlive the tests.
-        for child in {*multiprocessing.active_children()} - of_parent:
-            child.kill()
-        os._exit(code)
+        try:
+            # Of Megatron's, for what it saves: left alone they would outlive the tests.
+            for child in {*multiprocessing.active_children()} - of_parent:
+                child.kill()
+        finally:
+            os._exit(code)
 
 
 def _call_in_process_group(

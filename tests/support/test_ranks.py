@@ -1,5 +1,7 @@
 """The harness that runs ranks as forked processes, itself under test."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import time
@@ -88,3 +90,16 @@ def test_no_process_is_left_behind():
     with pytest.raises(RankHangError):
         run_ranks(lambda rank, size: time.sleep(60), 2, timeout=1)
     assert psutil.Process().children(recursive=True) == before
+
+
+def test_what_a_rank_starts_ends_with_it():
+    """A process that it has not waited for, as Megatron's writer of checkpoints has one."""
+
+    def work(rank, size):
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        process.start()
+        return process.pid
+
+    (pid,) = run_ranks(work, 1)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(timeout=5)

@@ -136,7 +136,6 @@ def test_a_trial_run_of_the_whole(tmp_path):
     for row in rows.values():
         assert row["layer_seconds"] > row["forward_seconds"] > row["host_seconds"] > 0
         assert row["idle_seconds"] is None, "no profiler sees a CPU's kernels"
-    assert rows["hot-95-1", "plain"]["rank"] == 0
     assert any("stand-in" in line for line in found["method"])
 
 

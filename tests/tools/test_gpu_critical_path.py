@@ -1,6 +1,7 @@
 """The critical path of tools/gpu_check.py: the ranks it runs, and the layers it times."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from support.ranks import run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.extend([str(ROOT / "tools"), str(ROOT)])
 
-from gpu_checks.critical_path import choose_ranks, make_case, shrink  # noqa: E402
-from gpu_checks.demands import PLAIN  # noqa: E402
+from gpu_check import build_parser, make_path_job  # noqa: E402
+from gpu_checks.critical_path import choose_ranks, make_case, make_row, shrink  # noqa: E402
+from gpu_checks.demands import PLAIN, Pass  # noqa: E402
 
 
 def run_layers(be_a_rank):
@@ -77,6 +79,20 @@ def test_the_paper_grid_is_that_of_the_paper():
     assert plain.counts[:, 0].sum() == pytest.approx(0.95 * plain.counts.sum(), rel=1e-3)
     assert plain.plan.is_fallback
     assert lending.plan.load_per_rank_after.max() == np.ceil(lending.counts.sum() / 8)
+
+
+def test_a_row_is_that_of_the_slowest_rank():
+    job = make_path_job(build_parser().parse_args([]))
+    model = job.models[0]
+    case = make_case(model, "hot-95-1", "tolerant")
+    quick = Pass(
+        layer_seconds=1, forward_seconds=0.5, host_seconds=0.1, idle_seconds=0, peak_bytes=7
+    )
+    slow = replace(quick, layer_seconds=2, peak_bytes=5)
+    case.passes.update({0: quick, 3: slow, 5: quick})
+    row = make_row(job, model, job.kinds[0], case)
+    assert (row.rank, row.layer_seconds) == (3, 2)
+    assert row.peak_bytes == 7, "the most memory of any rank"
 
 
 @pytest.mark.gpu

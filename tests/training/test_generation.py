@@ -10,6 +10,7 @@ import torch
 
 from megatron_llep.integration.convert import convert_model
 from megatron_llep.training.generation import Generations, generate
+from support.latent_attention import LATENT
 from support.layout import Layout, use_layout
 from support.llep import EAGER, note_decisions
 from support.ranks import RankError, run_ranks
@@ -107,18 +108,6 @@ def test_tensor_parallel_ranks_agree():
     assert first == second
     (expected,) = run_ranks(alone, 1)
     assert first.tokens == expected.tokens
-
-
-LATENT = {
-    "multi_latent_attention": True,
-    "kv_channels": 8,
-    "q_lora_rank": 10,
-    "kv_lora_rank": 12,
-    "qk_head_dim": 6,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 12,
-    "qk_layernorm": True,
-}
 
 
 @needs_megatron((0, 19), "latent attention without Transformer Engine")

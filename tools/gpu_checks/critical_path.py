@@ -137,7 +137,7 @@ def measure_paths(job: PathJob) -> tuple[list[Row], list[str]]:
                 refused += measure_rank(job, model, kind, rank, mine)
         for case in cases:
             if set(case.passes) == set(choose_ranks(case.plan)):
-                rows.append(_make_row(job, model, kind, case))
+                rows.append(make_row(job, model, kind, case))
     return rows, refused
 
 
@@ -186,7 +186,7 @@ def _measure_workload(
         )
 
 
-def _make_row(job: PathJob, model: ModelShape, kind: str, case: Case) -> Row:
+def make_row(job: PathJob, model: ModelShape, kind: str, case: Case) -> Row:
     """The slowest rank, and what links would add; copies beside them are in what was measured."""
     rank, slowest = max(case.passes.items(), key=lambda item: item[1].layer_seconds)
     peaks = [one.peak_bytes for one in case.passes.values() if one.peak_bytes is not None]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_llep.offline.simulator import METHODS, MODELS, Case, ModelShape, get_model, simulate
-from megatron_llep.offline.simulator.layers import count_layers
+from megatron_llep.offline.simulator.layers import count_attention_weights, count_layers
 from megatron_llep.offline.workloads import make_counts
 from megatron_llep.planner.cost.model import EXCHANGES, CostModel, LayerShape, Link
 from megatron_llep.planner.cost.presets import get_cost_model
@@ -179,6 +179,25 @@ def test_eplb_trails_a_hot_spot_that_moves():
     steady, moving = (simulate(make_case(w), ("plain", "eplb")) for w in ("hot-50-4", "rotating"))
     assert steady["eplb"].imbalance < 1.2
     assert moving["eplb"].imbalance > 1.5
+
+
+@pytest.mark.parametrize(
+    ("rank", "of_queries"), [({"q-lora-rank": 3}, 8 * 3 + 3 * 14), ({}, 8 * 14)]
+)
+def test_latent_attention_by_hand(rank, of_queries):
+    """Two heads, 5 + 2 wide, of values 4; queries go through their rank where they have one."""
+    shape = {
+        "hidden-size": 8,
+        "num-attention-heads": 2,
+        "multi-latent-attention": True,
+        "kv-lora-rank": 6,
+        "qk-head-dim": 5,
+        "qk-pos-emb-head-dim": 2,
+        "v-head-dim": 4,
+    }
+    of_keys_and_values = 8 * (6 + 2) + 6 * 2 * (5 + 4)
+    output = 2 * 4 * 8
+    assert count_attention_weights(shape | rank) == of_queries + of_keys_and_values + output
 
 
 def test_by_hand():
