@@ -213,6 +213,7 @@ def _find_shared(wrapper: torch.nn.Module, left: dict[int, Shared], found: Found
             if named[key].requires_grad and named[key]._backward_hooks
         }
         if len(same) == len(shared):
+            _check_seen_by_hooks(shared)
             paths = {f"{shared[key].path}.{shared[key].name}": same[key] for key in same}
             found.same.update(paths)
         elif not same and len(shared) == len(named) and not hasattr(adapter, "num_local_experts"):
@@ -232,3 +233,19 @@ def _find_shared(wrapper: torch.nn.Module, left: dict[int, Shared], found: Found
             f"--moe-llep: experts.{part.path}.{part.name}, of a {type(wrapper).__name__}, belongs "
             f"to no expert and to no adapter that is known; {WAY_OUT}"
         )
+
+
+def _check_seen_by_hooks(halves: Mapping[str, Shared]) -> None:
+    """Check that gradient hooks, which sum an adapter's gradients over the ranks, see them.
+
+    Where they are added to `main_grad` by the kernel that computes them, hooks are called with
+    something else, and the ranks' adapters drift apart, in plain Megatron too.
+    """
+    for part in halves.values():
+        names = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
+        if any(getattr(part.owner, name, False) for name in names):
+            raise ValueError(
+                f"--moe-llep: experts.{part.path}, a {type(part.owner).__name__}, fuses the "
+                "accumulation of gradients that a hook is to sum over the ranks and does not see; "
+                f"switch it off (--no-gradient-accumulation-fusion), or {WAY_OUT}"
+            )
