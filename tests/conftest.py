@@ -2,8 +2,11 @@
 
 import os
 import warnings
+from pathlib import Path
 
 import pytest
+
+_GPU_FILES = pytest.StashKey[set[Path]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,6 +20,18 @@ def pytest_configure(config: pytest.Config) -> None:
         from megatron_llep.device import use_cpu_if_no_gpu
 
         use_cpu_if_no_gpu()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Note which files have tests that need a GPU; before any of them is deselected."""
+    if item.get_closest_marker("gpu"):
+        item.config.stash.setdefault(_GPU_FILES, set()).add(item.path)
+
+
+@pytest.fixture
+def gpu_files(pytestconfig: pytest.Config) -> set[Path]:
+    """Files of this run that have tests marked `gpu`."""
+    return pytestconfig.stash.get(_GPU_FILES, set())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -131,7 +131,7 @@ def test_the_comparison_is_a_group_of_wandb_runs(compare, tmp_path, monkeypatch)
     assert not (tmp_path / "off" / "wandb").exists()
 
 
-# Real runs: two layers of width 32, some seconds each, most of it their start
+# Real runs, slow for their starts; `make demo` compares such runs too
 
 SMALL = shlex.split("""
     --mock-data --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --moe-ffn-hidden-size 64
@@ -161,6 +161,7 @@ def real_runs(tmp_path_factory):
     return out, run(*argv, "--moe-llep-imbalance-threshold", "1.0")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_plain_llep_and_control_are_started_and_agree(real_runs):
     out, done = real_runs
@@ -175,6 +176,7 @@ def test_plain_llep_and_control_are_started_and_agree(real_runs):
     assert read_run(out / "llep").curve("moe/llep/lent_experts").values.max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_wandb_and_tensorboard_of_a_real_run_say_the_same(real_runs):
     pytest.importorskip("wandb")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+from warm_start import run_warm
 
 from megatron_llep.offline.launch.flags import format_flags, load_config, parse_extra
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "pretrain" / "pretrain_gpt.py"
 TINY = ROOT / "configs" / "tiny.yaml"
 TAIL = 6000
+SETTINGS = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 
 # Two layers of width 32, small enough that a run's time is that of its start; the routing of a
 # few hundred tokens is uneven enough to lend in every step.
@@ -63,8 +65,9 @@ def run_config(
     layout: Mapping[str, object] | None = None,
     processes: int | None = None,
     timeout: float = 200.0,
+    as_user: bool = False,
 ) -> Log:
-    """Run a configuration through tools/launch.py and torchrun.
+    """Run a configuration.
 
     Args:
         config: of configs/.
@@ -74,15 +77,18 @@ def run_config(
         layout: flag without dashes -> value, as for --set.
         processes: default: as many as the layout needs.
         timeout: seconds after which the run and all its processes are ended.
+        as_user: through tools/launch.py and torchrun, which takes some 15 s more; else the script
+            runs in forked ranks.
     """
-    command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(config)]
-    command += ["--script", str(script)]
-    command += [] if llep else ["--no-llep"]
-    command += [] if processes is None else ["--nproc", str(processes)]
+    options = [str(config), "--script", str(script)]
+    options += [] if llep else ["--no-llep"]
+    options += [] if processes is None else ["--nproc", str(processes)]
     for name, value in (layout or {}).items():
-        command += ["--set", f"--{name}={str(value).lower()}"]
-    command += ["--", *(EAGER if llep else []), *map(str, flags)]
-    return run_command(command, timeout)
+        options += ["--set", f"--{name}={str(value).lower()}"]
+    options += ["--", *(EAGER if llep else []), *map(str, flags)]
+    if as_user:
+        return run_command([sys.executable, str(ROOT / "tools" / "launch.py"), *options], timeout)
+    return Log(run_warm(options, SETTINGS, port=find_free_port(), timeout=timeout))
 
 
 def run_command(command: Sequence[str], timeout: float) -> Log:
@@ -170,12 +176,11 @@ class _Started:
 @contextlib.contextmanager
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[_Started]:
     """Start a command; whatever is left of it at the end is killed."""
-    settings = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **settings, **environment},
+            env={**os.environ, **SETTINGS, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
         )

@@ -7,6 +7,7 @@ checkpoint half-way, and each from the other's checkpoint.
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from script_runs import ROOT, Log, run_config, run_ranks_by_hand, run_tiny, tiny_flags
@@ -19,7 +20,6 @@ TOLERANCE = 1e-5
 
 pytestmark = pytest.mark.timeout(600)  # a fixture may start the script twice
 
-Layout = dict[str, object]
 """Flag without dashes -> value."""
 
 METRICS = (
@@ -54,13 +54,13 @@ def folder(tmp_path_factory) -> Path:
 def train(corpus, folder):
     """Train to STEPS and save on the way."""
 
-    def train(name: str, *flags: object, llep: bool, layout: Layout | None = None) -> Log:
+    def train(name: str, *flags: object, llep: bool, **options: Any) -> Log:
         common = ["--data-path", corpus, "--train-iters", STEPS, "--lr", 1e-3]
         # Padding takes part in the loss: 384 rows with TP 1 and 2 alike.
         common += ["--make-vocab-size-divisible-by", 192]
         saving = ["--save", folder / name, "--save-interval", HALF, "--ckpt-format", "torch_dist"]
         logs = ["--tensorboard-dir", folder / f"{name}-tensorboard"]
-        return run_tiny([*common, *saving, *logs, *flags], llep=llep, layout=layout)
+        return run_tiny([*common, *saving, *logs, *flags], llep=llep, **options)
 
     return train
 
@@ -74,7 +74,7 @@ def plain(train) -> Log:
 def lending(train, folder) -> Log:
     wandb = ["--wandb-project", "tests", "--wandb-exp-name", "lending"]
     wandb += ["--wandb-save-dir", folder / "wandb", "--moe-per-layer-logging"]
-    return train("lending", *wandb, llep=True)
+    return train("lending", *wandb, llep=True, as_user=True)
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,16 @@ pytestmark = [
 
 
 def run(
-    pattern: str, *flags: object, llep: bool, config: str = "tiny-latent", **layout: object
+    pattern: str,
+    *flags: object,
+    llep: bool,
+    config: str = "tiny-latent",
+    as_user: bool = False,
+    **layout: object,
 ) -> Log:
     flags = ("--mock-data", "--train-iters", STEPS, "--hybrid-layer-pattern", pattern, *flags)
     options = {"config": CONFIGS / f"{config}.yaml", "script": SCRIPT, "layout": layout}
-    return run_tiny(flags, llep=llep, **options)
+    return run_tiny(flags, llep=llep, as_user=as_user, **options)
 
 
 def assert_same(lending: Log, plain: Log) -> None:
@@ -37,7 +42,7 @@ def assert_same(lending: Log, plain: Log) -> None:
 
 def test_trains_as_plain_megatron_does():
     """Latent experts, in multi-token prediction too."""
-    lending = run("*E-E/*E", llep=True)
+    lending = run("*E-E/*E", llep=True, as_user=True)
     assert_same(lending, run("*E-E/*E", llep=False))
 
 

@@ -60,7 +60,7 @@ def read_evaluations(log):
 
 
 def test_resumed_with_llep_it_goes_on_as_plain(train, plain):
-    resumed = train("lending", llep=True, load="plain")
+    resumed = train("lending", llep=True, load="plain", as_user=True)
     assert sorted(resumed.losses) == [4, 5, 6]
     for step in (4, 6):  # Megatron's second line after a start averages two steps
         assert resumed.losses[step] == pytest.approx(plain.losses[step], rel=1e-5)

@@ -1,10 +1,11 @@
 """The real RL script through torchrun: a task of one's own, plain EP and LLEP, resume, layouts.
 
-Each start costs some 15 s, so the runs are shared. All start from the weights of one short run, to
-which the KL is held.
+Runs are shared, as each takes a while; one is started as a user does. All start from the weights of
+one short run, to which the KL is held.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from script_runs import ROOT, Log, run_tiny
@@ -46,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def train(folder):
-    def train(name: str, *flags: object, llep: bool = True, layout=None, timeout=200.0) -> Log:
+    def train(name: str, *flags: object, llep: bool = True, **options: Any) -> Log:
         task = ["--rl-task", f"{folder / 'task.py'}:make", "--rl-max-new-tokens", 6]
         # Padding of the vocabulary takes part in the loss: 384 rows with TP 1 and 2 alike.
         task += ["--make-vocab-size-divisible-by", 192, "--lr", 1e-2, "--min-lr", 1e-2]
@@ -56,10 +57,9 @@ def train(folder):
         return run_tiny(
             [*common, *flags],
             llep=llep,
-            layout=layout,
             config=CONFIG,
             script=SCRIPT,
-            timeout=timeout,
+            **options,
         )
 
     return train
@@ -81,7 +81,8 @@ def with_kl(start):
 
 @pytest.fixture(scope="module")
 def lending(train, with_kl, folder) -> Log:
-    return train("lending", *with_kl, "--save", folder / "lending", "--save-interval", HALF)
+    saving = ["--save", folder / "lending", "--save-interval", HALF]
+    return train("lending", *with_kl, *saving, as_user=True)
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,8 @@ def _call_in_process_group(
         timeout=timedelta(seconds=2 * timeout + 60),
     )
     result = function(files.rank, world_size, *args)
-    dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     return result
 
 
