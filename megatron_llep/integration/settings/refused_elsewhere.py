@@ -95,6 +95,12 @@ _ROWS = (
         "LoRA, or leave the experts out of the target modules",
     ),
     (
+        "`--gradient-accumulation-fusion` with an adapter that Megatron-Bridge shares between all "
+        "experts (`share_expert_adapters`)",
+        "likewise; the hook that sums its gradients over the ranks does not see fused ones, so the "
+        "ranks' adapters drift apart, in plain Megatron too: leave the fusion off",
+    ),
+    (
         "experts whose weights FSDP shards, before or after LLEP was switched on",
         "it shards what LLEP lends, and is seen at conversion, else at the first forward: use "
         "Megatron's DDP with `--use-distributed-optimizer`",
