@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from megatron.training.training import destroy_global_state
 
 from support.ranks import run_ranks
@@ -51,7 +50,6 @@ def run_warm(
     with tempfile.NamedTemporaryFile() as output:
 
         def work(rank: int, size: int) -> None:
-            dist.destroy_process_group()  # the script makes its own
             atexit._clear()  # the parent's, as are the arguments that its tests have parsed
             destroy_global_state()
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -65,5 +63,5 @@ def run_warm(
             runpy.run_path(str(script), run_name="__main__")
             atexit._run_exitfuncs()
 
-        run_ranks(work, processes, timeout=timeout)
+        run_ranks(work, processes, timeout=timeout, in_group=False)  # the script makes one
         return Path(output.name).read_text(errors="replace")

@@ -36,12 +36,17 @@ class RankHangError(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60.0,
+    in_group: bool = True,
 ) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` on ``world_size`` forked ranks over gloo.
 
-    Each rank has one thread and an initialised default process group. ``function`` may be a
-    closure; what it returns must be picklable. What a rank prints is shown if the run fails.
+    Each rank has one thread and, unless ``in_group`` is false, an initialised default process
+    group. ``function`` may be a closure; what it returns must be picklable. What a rank prints is
+    shown if the run fails.
 
     Returns:
         The results, in rank order.
@@ -60,7 +65,7 @@ def run_ranks(
             for rank in range(world_size):
                 pid = os.fork()
                 if pid == 0:
-                    _be_a_rank(function, files[rank], world_size, args, timeout)
+                    _be_a_rank(function, files[rank], world_size, args, timeout, in_group)
                 running[pid] = rank
             _wait_for_ranks(running, files, time.monotonic() + timeout)
         finally:
@@ -102,6 +107,7 @@ def _be_a_rank(
     world_size: int,
     args: tuple[Any, ...],
     timeout: float,
+    in_group: bool,
 ) -> None:
     """Run in the child and never return."""
     code = 1
@@ -111,7 +117,7 @@ def _be_a_rank(
             faulthandler.enable(file=sys.stderr)
             faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
             try:
-                result = _call_in_process_group(function, files, world_size, args, timeout)
+                result = _call(function, files, world_size, args, timeout, in_group)
                 files.result.write_bytes(pickle.dumps(result))
                 code = 0
             except BaseException:
@@ -125,17 +131,20 @@ def _be_a_rank(
             os._exit(code)
 
 
-def _call_in_process_group(
+def _call(
     function: Callable[..., Any],
     files: _RankFiles,
     world_size: int,
     args: tuple[Any, ...],
     timeout: float,
+    in_group: bool,
 ) -> Any:
     os.environ.update(RANK=str(files.rank), LOCAL_RANK=str(files.rank), WORLD_SIZE=str(world_size))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    if not in_group:
+        return function(files.rank, world_size, *args)
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(str(files.store), world_size),
@@ -145,8 +154,7 @@ def _call_in_process_group(
         timeout=timedelta(seconds=2 * timeout + 60),
     )
     result = function(files.rank, world_size, *args)
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
     return result
 
 
