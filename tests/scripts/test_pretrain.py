@@ -1,6 +1,6 @@
-"""The real script through torchrun: losses, logs, checkpoints, ranks that disagree.
+"""The real script: losses, logs, checkpoints, ranks that disagree.
 
-Each start costs some 15 s, so the runs are shared: plain and LLEP, each to the end with a
+The runs are shared, and the one with LLEP is started as a user does: plain and LLEP, each to the end with a
 checkpoint half-way, and each from the other's checkpoint.
 """
 

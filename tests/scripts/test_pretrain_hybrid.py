@@ -1,4 +1,4 @@
-"""The script for hybrid models through torchrun: as `pretrain_gpt.py`, with layers of a pattern."""
+"""The script for hybrid models: as `pretrain_gpt.py`, with layers of a pattern."""
 
 from pathlib import Path
 

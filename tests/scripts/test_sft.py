@@ -1,4 +1,4 @@
-"""The real fine-tuning script through torchrun: losses, answers, resume, layouts."""
+"""The real fine-tuning script: losses, answers, resume, layouts."""
 
 import re
 import subprocess

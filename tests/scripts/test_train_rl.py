@@ -1,4 +1,4 @@
-"""The real RL script through torchrun: a task of one's own, plain EP and LLEP, resume, layouts.
+"""The real RL script: a task of one's own, plain EP and LLEP, resume, layouts.
 
 Runs are shared, as each takes a while; one is started as a user does. All start from the weights of
 one short run, to which the KL is held.

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llep.offline.simulator.models import MODELS
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import gpu_check  # noqa: E402
+from gpu_checks.critical_path import choose_ranks, make_case, shrink  # noqa: E402
+from gpu_checks.demands import PLAIN  # noqa: E402
 from gpu_checks.kernels import find_gpu_tests, judge_placement, judge_pytest  # noqa: E402
 from gpu_checks.section import Section, format_summary  # noqa: E402
 
@@ -128,6 +132,8 @@ def test_a_trial_run_of_the_whole(tmp_path):
     for row in rows.values():
         assert row["layer_seconds"] > row["forward_seconds"] > row["host_seconds"] > 0
         assert row["idle_seconds"] is None, "no profiler sees a CPU's kernels"
+    plain = make_case(shrink(MODELS["gpt-oss-120b"]), "hot-95-1", PLAIN)
+    assert rows["hot-95-1", "plain"]["rank"] in choose_ranks(plain.plan)
     assert any("stand-in" in line for line in found["method"])
 
 
