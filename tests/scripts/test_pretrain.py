@@ -1,7 +1,7 @@
 """The real script: losses, logs, checkpoints, ranks that disagree.
 
-The runs are shared, and the one with LLEP is started as a user does: plain and LLEP, each to the end with a
-checkpoint half-way, and each from the other's checkpoint.
+The runs are shared, and the one with LLEP is started as a user does: plain and LLEP, each to the
+end with a checkpoint half-way, and each from the other's checkpoint.
 """
 
 import subprocess
