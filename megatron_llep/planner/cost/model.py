@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # the planners import this module
     from megatron_llep.planner.topology import Topology
 
 EXCHANGES = 4
-"""Token exchanges of a layer: dispatch and combine, each forward and backward; half forward only."""
+"""Token exchanges of a layer: dispatch and combine, each forward and backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
