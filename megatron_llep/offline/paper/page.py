@@ -28,7 +28,8 @@ def make_section(comparison: Comparison) -> str:
     parts = [
         _make_words(comparison),
         _make_errors(comparison),
-        "Each cell: the paper / the cost model as it is / with the fixed cost.",
+        "Each cell: the paper / the cost model as it is / with the fixed cost. 30% into 4: of the\n"
+        "(token, expert) pairs, into 4 experts, on the first rank or ranks.",
         *(_make_figure(comparison, figure) for figure in (*FITTED, *OTHERS)),
     ]
     return "\n\n".join(parts) + "\n"

@@ -236,6 +236,13 @@ def test_stated_errors_are_those_of_the_stated_numbers(comparison):
     }
     for name, table in (("6b", "Figure 6b, alpha"), ("7a", "Figure 7a, lambda")):
         cells[f"Figure {name}"] = [cell for row in tables[table][2:] for cell in row[1:]]
+    cells["all points kept from the fit"] = [
+        cell
+        for figure in FITTED
+        for i, row in enumerate(tables[f"Figure {figure.name}, {figure.corner}"][2:])
+        for j, cell in enumerate(row[1:])
+        if (i + j) % 2
+    ]
     for name, shown in cells.items():
         numbers = np.array([list(map(float, cell.split(" / "))) for cell in shown])
         assert int(stated[name][0]) == len(numbers)
