@@ -83,6 +83,11 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         self._arrived: Placed | None = None
 
     @property
+    def node_size(self) -> int:
+        """Ranks on a node, of those that share tokens."""
+        return self.topology.node_size(self.ep_size)
+
+    @property
     def source(self) -> int:
         """This rank's index among the R sources."""
         return self.ep_rank * self.tp_size + self.tp_rank

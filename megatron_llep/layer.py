@@ -343,6 +343,7 @@ class LLEPMoELayer(MoELayer):
             planned.natives,
             group=self.lending_group,
             scatter_from=self.llep.scatter_from,
+            node_size=self.token_dispatcher.node_size,
             grad_dtype=self._grad_dtype(find_common_dtype(planned.natives[0])),
             trains=planned.trains,
             refetch=self._refetches(),

@@ -11,18 +11,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_llep.lending.packing import (
+    add_pieces,
     count_by_peer,
-    count_numbers,
     find_parts,
     make_buffers,
     pack,
-    sum_shards,
     unpack,
 )
 from megatron_llep.lending.parcel import Parcel, Weights
 from megatron_llep.lending.pending import PendingExchanges
 from megatron_llep.lending.shared import SharedLending
-from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers
+from megatron_llep.lending.transfers import Exchange, RankTransfers
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
 """What is sent in an exchange, and what is received."""
@@ -61,6 +60,11 @@ class LoanExchanges:
         self._shared = shared
         self._note_bytes = note_bytes
 
+    @property
+    def number(self) -> int:
+        """Exchanges that follow each other, each way; the same on every rank."""
+        return len(self._fetched.exchanges)
+
     def start_fetch(self, natives: Sequence[Weights], slots: torch.Tensor) -> PendingExchanges:
         """Start to send those lent of the M natives, and to fill the slots [F * B]."""
         first, *second = self._fetched.exchanges
@@ -82,14 +86,12 @@ class LoanExchanges:
         Returns:
             What is in flight, and [L], what it brings: by the pieces that the fetch sends first.
         """
-        first, *second = (exchange.reverse() for exchange in self._returned.exchanges)
+        first, *others = (exchange.reverse() for exchange in self._returned.exchanges)
         like = grads.new_empty(0, dtype=dtype)
-        buffers = [make_buffers(exchange, like) for exchange in second]
+        buffers = [make_buffers(exchange, like) for exchange in others[::-1]]
         as_they_are = self._arrives_whole() and grads.dtype == dtype
         buffers.append(make_buffers(first, like, outgoing=grads if as_they_are else None))
-        sums = grads.new_empty(count_numbers(self._find_own_shards()))
-        pending = self._start(self._return(grads, buffers, sums), [*buffers, (sums,)])
-        return pending, buffers[-1][1]
+        return self._start(self._return(grads, buffers), buffers), buffers[-1][1]
 
     def _start(
         self, steps: Iterator[dist.Work], buffers: Sequence[tuple[torch.Tensor, ...]]
@@ -120,23 +122,13 @@ class LoanExchanges:
             yield self._exchange(exchange, outgoing, incoming)
             unpack(incoming, exchange.receives, slots, width)
 
-    def _return(
-        self, grads: torch.Tensor, buffers: list[Buffers], sums: torch.Tensor
-    ) -> Iterator[dist.Work]:
-        """The way back of `_fetch`: shards of gradients to those who sum them, then home."""
-        first, *second = (exchange.reverse() for exchange in self._returned.exchanges)
-        for exchange, (outgoing, incoming) in zip(second, buffers[:-1], strict=True):
+    def _return(self, grads: torch.Tensor, buffers: list[Buffers]) -> Iterator[dist.Work]:
+        """The way back of `_fetch`: parts of gradients to those who sum them, then home."""
+        first, *others = (exchange.reverse() for exchange in self._returned.exchanges)
+        for exchange, (outgoing, incoming) in zip(others[::-1], buffers[:-1], strict=True):
             pack(grads, exchange.sends, outgoing, self._width)
             yield self._exchange(exchange, outgoing, incoming)
-            sum_shards(
-                grads,
-                self._find_own_shards(),
-                incoming,
-                exchange.receives,
-                sums,
-                rank=dist.get_rank(self._group),
-                width=self._width,
-            )
+            add_pieces(incoming, exchange.receives, grads, self._width)
         outgoing, incoming = buffers[-1]
         if outgoing is not grads:
             pack(grads, first.sends, outgoing, self._width)
@@ -160,10 +152,3 @@ class LoanExchanges:
     def _arrives_whole(self) -> bool:
         """Whether this rank borrows no expert in shards: what comes is what the slots hold."""
         return not any(exchange.receives for exchange in self._fetched.exchanges[1:])
-
-    def _find_own_shards(self) -> list[Piece]:
-        """This rank's shard, in numbers, of each foreign expert that comes in shards."""
-        in_shards = {piece.expert for each in self._returned.exchanges[1:] for piece in each.sends}
-        return [
-            piece for piece in self._returned.exchanges[0].receives if piece.expert in in_shards
-        ]

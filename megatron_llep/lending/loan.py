@@ -52,7 +52,7 @@ from megatron_llep.lending.pending import PendingExchanges
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.lending.trained import find_common_dtype, list_trained
-from megatron_llep.lending.transfers import RankTransfers, find_lent, has_shards
+from megatron_llep.lending.transfers import RankTransfers, find_lent
 from megatron_llep.planner import Plan
 
 
@@ -70,6 +70,7 @@ class WeightLoan:
         *,
         group: dist.ProcessGroup,
         scatter_from: int,
+        node_size: int,
         grad_dtype: torch.dtype,
         trains: int,
         refetch: bool,
@@ -84,7 +85,8 @@ class WeightLoan:
             plan: this micro-batch's plan, the same on every rank.
             natives: M tuples of this rank's expert weights, alike in shape and dtype on all ranks.
             group: the P ranks; used for nothing else, so that lending overlaps token exchange.
-            scatter_from: borrowers from which on an expert goes in shards; 0: none does.
+            scatter_from: borrowers, or nodes, from which on an expert goes in shards; 0: none does.
+            node_size: ranks on a node; divides P.
             grad_dtype: dtype in which the gradients return.
             trains: which of an expert's weights any rank trains (see `lending.trained`); the same
                 on every rank. Where autograd records nothing no gradient returns all the same.
@@ -93,7 +95,7 @@ class WeightLoan:
             shared: the model's stream, count of memory, and memory for gradients.
             note_bytes: called at each exchange with the bytes this rank sends and receives.
         """
-        self._plan, self._scatter_from = plan, scatter_from
+        self._plan, self._scatter_from, self._node_size = plan, scatter_from, node_size
         self.natives = natives
         self.trained = list_trained(trains, len(natives[0])) if torch.is_grad_enabled() else []
         """Numbers of the weights whose gradients come home: this forward is recorded, and some rank
@@ -124,10 +126,10 @@ class WeightLoan:
         """Native experts (0..M-1) that this rank lends, ascending."""
         return find_lent(self._plan, self._group.rank())
 
-    @cached_property
+    @property
     def has_shards(self) -> bool:
         """Whether there is a second exchange, of shards; the same on every rank."""
-        return has_shards(self._plan, self._scatter_from)
+        return self._exchanges.number > 1
 
     @property
     def returns(self) -> bool:
@@ -274,7 +276,11 @@ class WeightLoan:
 
     def _cut_transfers(self, width: int) -> RankTransfers:
         return RankTransfers.of(
-            self._plan, self._group.rank(), width=width, scatter_from=self._scatter_from
+            self._plan,
+            self._group.rank(),
+            width=width,
+            scatter_from=self._scatter_from,
+            node_size=self._node_size,
         )
 
     def _advance(self) -> None:

@@ -82,34 +82,9 @@ def unpack(
         view_piece(slots, piece, width).copy_(part)
 
 
-def sum_shards(
-    slots: torch.Tensor,
-    shards: Sequence[Piece],
-    incoming: torch.Tensor,
-    pieces: Sequence[Piece],
-    sums: torch.Tensor,
-    *,
-    rank: int,
-    width: int,
+def add_pieces(
+    incoming: torch.Tensor, pieces: Sequence[Piece], slots: torch.Tensor, width: int
 ) -> None:
-    """Put the sum over all borrowers, by rank, in place of this rank's shards.
-
-    Args:
-        slots: [F * W] gradients of this rank's foreign experts.
-        shards: the parts of them that this rank sums.
-        incoming: [n] the same parts of other borrowers' gradients, in any dtype.
-        pieces: what they are, by peer.
-        sums: room for the shards.
-        rank: this one.
-        width: W.
-    """
-    own = {piece.expert: view_piece(slots, piece, width) for piece in shards}
-    totals = dict(zip(own, split_pieces(sums, shards), strict=True))
-    terms = [(rank, slot, shard) for slot, shard in own.items()]
-    for piece, values in zip(pieces, split_pieces(incoming, pieces), strict=True):
-        terms.append((piece.peer, piece.expert, values))
-    sums.zero_()
-    for _, slot, values in sorted(terms, key=lambda term: term[:2]):
-        totals[slot].add_(values)
-    for slot, shard in own.items():
-        shard.copy_(totals[slot])
+    """Add what travelled, in any dtype, to its places in the slots: by rank, so always alike."""
+    for piece, part in zip(pieces, split_pieces(incoming, pieces), strict=True):
+        view_piece(slots, piece, width).add_(part)

@@ -5,14 +5,12 @@ gradients or units in its parcel (see `lending.parcel`). The same plan at anothe
 pieces in the same order, cut elsewhere.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from typing import NamedTuple
 
-from megatron_llep.lending.fan_out import cut_shards, travel_in_shards
-from megatron_llep.planner import Plan
+import numpy as np
+
+from megatron_llep.planner import Plan, compiled
 
 
 class Piece(NamedTuple):
@@ -46,75 +44,59 @@ class Exchange:
 class RankTransfers:
     """One rank's part of a plan's transfers.
 
-    First every home sends whole experts, and shards of those that have many borrowers; if there
-    are such experts in the plan, for any rank, borrowers then exchange shards.
+    First every home sends whole experts, or parts of those that several ranks put together; then,
+    if there are such experts in the plan, for any rank, these exchange what they have, between
+    nodes and inside them.
     """
 
     exchanges: tuple[Exchange, ...]
-    """One or two; as many on every rank. The pieces of the second are between foreign slots."""
+    """One to three; as many on every rank. The pieces of all but the first are between foreign
+    slots."""
     num_foreign: int
     """Experts this rank borrows; slots are in the order of the experts."""
 
     @classmethod
-    def of(cls, plan: Plan, rank: int, *, width: int, scatter_from: int) -> "RankTransfers":
+    def of(
+        cls, plan: Plan, rank: int, *, width: int, scatter_from: int, node_size: int
+    ) -> "RankTransfers":
         """The part of `rank` in the transfers of the plan.
 
         Args:
             plan: the same on every rank.
             rank: 0 .. P-1.
             width: W.
-            scatter_from: borrowers from which on an expert goes in shards; 0: none does.
+            scatter_from: borrowers, or nodes, from which on an expert goes in shards; 0: none does.
+            node_size: ranks on a node; divides P.
         """
-        transfers = plan.transfers.tolist()
-        in_shards = _find_in_shards(plan, scatter_from)
-
-        @cache
-        def shards_of(e: int) -> dict[int, tuple[int, int]]:
-            """What its home sends of expert e, from and to, to each of its borrowers."""
-            borrowers = [borrower for expert, _, borrower in transfers if expert == e]
-            cuts = cut_shards(width, len(borrowers))
-            return dict(zip(borrowers, pairwise(cuts), strict=True))
-
-        def part_of(e: int, holder: int) -> tuple[int, int]:
-            return shards_of(e)[holder] if e in in_shards else (0, width)
-
-        out = [(e, borrower) for e, home, borrower in transfers if home == rank]
-        into = [(e, home) for e, home, borrower in transfers if borrower == rank]
+        pieces = list_pieces(plan, width, scatter_from, node_size)
         first_native = rank * plan.experts_per_rank
-        first = Exchange(
-            sends=tuple(Piece(to, e - first_native, *part_of(e, to)) for e, to in out),
-            receives=tuple(
-                Piece(source, slot, *part_of(e, rank)) for slot, (e, source) in enumerate(into)
-            ),
-        )
-        if not in_shards:
-            return cls(exchanges=(first,), num_foreign=len(into))
-        shared = sorted(
-            (peer, slot, e)
-            for slot, (e, _) in enumerate(into)
-            if e in in_shards
-            for peer in shards_of(e)
-            if peer != rank
-        )
-        second = Exchange(
-            sends=tuple(Piece(peer, slot, *part_of(e, rank)) for peer, slot, e in shared),
-            receives=tuple(Piece(peer, slot, *part_of(e, peer)) for peer, slot, e in shared),
-        )
-        return cls(exchanges=(first, second), num_foreign=len(into))
+        foreign = plan.foreign_experts[rank]
+        foreign = foreign[foreign >= 0]
+        exchanges = []
+        for number in range(int(pieces[:, 0].max(initial=0)) + 1):
+            of_exchange = pieces[pieces[:, 0] == number]
+            if number and not len(of_exchange):
+                continue
+            ways = []
+            for mine, theirs in ((1, 2), (2, 1)):
+                rows = of_exchange[of_exchange[:, mine] == rank]
+                rows = rows[np.lexsort((rows[:, 4], rows[:, 3], rows[:, theirs]))]
+                experts = np.searchsorted(foreign, rows[:, 3])
+                if number == 0 and mine == 1:
+                    experts = rows[:, 3] - first_native
+                columns = np.column_stack((rows[:, theirs], experts, rows[:, 4:]))
+                ways.append(tuple(Piece(*row) for row in columns.tolist()))
+            exchanges.append(Exchange(sends=ways[0], receives=ways[1]))
+        return cls(exchanges=tuple(exchanges), num_foreign=len(foreign))
+
+
+def list_pieces(plan: Plan, width: int, scatter_from: int, node_size: int) -> np.ndarray:
+    """All pieces of all ranks, int64 [pieces, 6]: see `planner.loops.pieces`."""
+    run = compiled("pieces.list_pieces")
+    return run(plan.transfers, width, scatter_from, node_size, plan.num_experts)
 
 
 def find_lent(plan: Plan, rank: int) -> list[int]:
     """Native experts (0..M-1) that a rank lends, ascending."""
     first = rank * plan.experts_per_rank
     return sorted({expert - first for expert, home, _ in plan.transfers.tolist() if home == rank})
-
-
-def has_shards(plan: Plan, scatter_from: int) -> bool:
-    """Whether some expert goes in shards, so that there is a second exchange, for all ranks."""
-    return bool(_find_in_shards(plan, scatter_from))
-
-
-def _find_in_shards(plan: Plan, scatter_from: int) -> set[int]:
-    """Experts that go in shards."""
-    num_borrowers = Counter(plan.transfers[:, 0].tolist())
-    return {e for e, number in num_borrowers.items() if travel_in_shards(number, scatter_from)}

@@ -28,6 +28,7 @@ FUNCTIONS = {
     "assignment.count_sends": (READ, READ, READ, INT, INT, BOOL),
     "assignment.count_receives": (READ, READ, READ, INT, INT, BOOL),
     "exchange.list_exchange": (READ, READ, READ, READ, INT, INT, INT, BOOL),
+    "pieces.list_pieces": (READ, INT, INT, INT, INT),
     "chunks.list_rows": (READ,),
     "chunks.place_pairs": (READ, ROW, INT),
     "replicas.spread_tokens": (READ, ROW, INT, BOOL),
@@ -54,6 +55,7 @@ def compile_planners(planners: Iterable[str] = (*OF_AUTO, "lla"), *, replicas: b
         Whether the next process finds the machine code.
     """
     wanted = {"exchange.list_exchange", "chunks.list_rows", "chunks.place_pairs"}
+    wanted.add("pieces.list_pieces")
     for planner in planners:
         run = OF_AUTO if planner == "auto" else (planner,)
         wanted |= {f"planners.{each}" for each in run}

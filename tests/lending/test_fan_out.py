@@ -50,6 +50,12 @@ def test_layer_with_expert_tensor_parallelism():
     assert run_ranks(compare_spread_layers, 8, layout, llep, {}, timeout=120) == [4] * 8
 
 
+def test_layer_on_four_nodes():
+    """From the home, between nodes, inside nodes: three exchanges."""
+    llep = replace(EAGER, scatter_from=2, ranks_per_node=2)
+    assert max(run_ranks(compare_spread_layers, 8, Layout(ep=8), llep, {}, timeout=120)) > 0
+
+
 def train_spread(run, **settings):
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_spread_experts(monkeypatch)

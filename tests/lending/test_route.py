@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llep.lending.fan_out import ALIGNMENT, cut_shards
-from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers, find_lent, has_shards
+from megatron_llep.lending.fan_out import ALIGNMENT
+from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers, find_lent, list_pieces
 from megatron_llep.planner import Plan, make_plan, plan_from_quota
 from megatron_llep.planner.cost.traffic import count_lending
 from megatron_llep.planner.topology import ONE_NODE, Topology
@@ -79,7 +79,8 @@ def give_back(routes: list[RankTransfers], grads: Buffers, natives: Buffers) -> 
 
 def check_routes(plan: Plan, width: int, scatter_from: int, topology: Topology = ONE_NODE) -> None:
     P, M = plan.num_ranks, plan.experts_per_rank
-    routes = [RankTransfers.of(plan, r, width=width, scatter_from=scatter_from) for r in range(P)]
+    options = {"width": width, "scatter_from": scatter_from, "node_size": topology.node_size(P)}
+    routes = [RankTransfers.of(plan, r, **options) for r in range(P)]
     experts = np.arange(plan.num_experts * width, dtype=float).reshape(-1, width) + 1
     natives = [experts[r * M : (r + 1) * M] for r in range(P)]
     for r, slots in enumerate(fetch(routes, natives, width)):
@@ -95,7 +96,6 @@ def check_routes(plan: Plan, width: int, scatter_from: int, topology: Topology =
     assert np.array_equal(np.concatenate(give_back(routes, grads, natives)), expected)
     for r, route in enumerate(routes):
         assert find_lent(plan, r) == sorted({piece.expert for piece in route.exchanges[0].sends})
-        assert has_shards(plan, scatter_from) == (len(route.exchanges) > 1)
     check_traffic(routes, count_lending(plan, width, scatter_from, topology), topology)
 
 
@@ -161,12 +161,36 @@ def test_bytes_of_the_formula(k):
     assert total == direct.numbers[0, 0].sum()
 
 
-@given(width=st.integers(1, 10_000), shards=st.integers(1, 64))
+@given(width=st.integers(1, 10_000), shards=st.integers(2, 15))
 @REPRODUCIBLE
 def test_shards_cover_the_expert(width, shards):
-    cuts = cut_shards(width, shards)
-    sizes = np.diff(cuts)
-    assert (cuts[0], cuts[-1], len(sizes)) == (0, width, shards)
-    assert (sizes >= 0).all()
-    assert sizes.max() < width / shards + ALIGNMENT
+    quota = np.zeros((16, 16), dtype=np.int64)
+    quota[0, : shards + 1] = 10
+    pieces = list_pieces(plan_from_quota(quota), width, 2, 16)
+    first = pieces[pieces[:, 0] == 0]
+    cuts = [*first[:, 4].tolist(), width]
+    assert cuts[1:] == first[:, 5].tolist()
+    assert cuts[0] == 0
+    assert np.diff(cuts).max() < width / shards + ALIGNMENT
     assert all(cut % ALIGNMENT == 0 or cut == width for cut in cuts)
+
+
+@pytest.mark.parametrize("scatter_from", [0, 2, 3, 4])
+@pytest.mark.parametrize("ranks_each", [1, 2, 4])
+def test_an_expert_crosses_once_to_a_node(ranks_each, scatter_from):
+    """Expert 0 lent to all ranks of its own node and to some of three others."""
+    W, G, nodes = 3 * 4 * 4 * ALIGNMENT, 4, 4
+    P = G * nodes
+    quota = np.zeros((P, P), dtype=np.int64)
+    quota[0, :G] = 10
+    for node in range(1, nodes):
+        quota[0, node * G : node * G + ranks_each] = 10
+    plan = plan_from_quota(quota)
+    topology = Topology(ranks_per_node=G)
+    check_routes(plan, W, scatter_from, topology)
+    across = sum(each.numbers[1] for each in count_lending(plan, W, scatter_from, topology))
+    sent, received = across.reshape(2, nodes, G).sum(axis=2).tolist()
+    t = nodes - 1
+    in_shards = 0 < scatter_from <= t
+    assert received == [0] + [W] * t
+    assert sent == ([W] + [W * (t - 1) // t] * t if in_shards else [t * W] + [0] * t)

@@ -5,10 +5,8 @@ in an expert's weights, k ranks that borrow an expert, n transfers. Arrays [link
 rank sends, then what it receives; links: inside the node and, where there are several nodes, across
 nodes.
 
-An expert with k borrowers that goes whole loads its home's link with k W numbers out, and each
-borrower's with W in. In shards (`fan_out`): the home's with W out; each borrower's with W in, and
-(k-1)/k W out in the second exchange. Its gradients load the same links with as many numbers the
-other way, in the opposite order.
+What an expert with k borrowers loads which link with: `lending.fan_out`. Its gradients load the
+same links with as many numbers the other way, in the opposite order.
 """
 
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_llep.lending.fan_out import cut_shards, travel_in_shards
+from megatron_llep.lending.transfers import list_pieces
 from megatron_llep.planner.assignment import sends
 
 if TYPE_CHECKING:  # the planners import this module
@@ -98,32 +96,24 @@ def count_lending(
     Args:
         plan: which experts are lent.
         width: W.
-        scatter_from: borrowers from which on an expert goes in shards; 0: none does.
+        scatter_from: borrowers, or nodes, from which on an expert goes in shards; 0: none does.
         topology: which ranks share a node.
 
     Returns:
-        One, or two if some expert goes in shards: the shards that borrowers send each other.
+        One, and up to two more if several ranks put an expert together: between nodes, inside.
 
     Raises:
         ValueError: the nodes do not divide the ranks.
     """
     P = plan.num_ranks
     G = topology.node_size(P)
-    expert, home, borrower = plan.transfers.T
-    scattered = travel_in_shards(np.bincount(expert, minlength=1), scatter_from)
-    if not scattered.any():
-        return (_sum_up(home, borrower, np.full(len(expert), width), P, G),)
-    sizes = np.full(len(expert), width)
-    sources, targets, shared = [], [], []
-    for e in np.flatnonzero(scattered):
-        rows = np.flatnonzero(expert == e)
-        sizes[rows] = shards = np.diff(cut_shards(width, len(rows)))
-        source, target = np.nonzero(~np.eye(len(rows), dtype=bool))
-        sources.append(borrower[rows[source]])
-        targets.append(borrower[rows[target]])
-        shared.append(shards[source])
-    source, target, shards = map(np.concatenate, (sources, targets, shared))
-    return _sum_up(home, borrower, sizes, P, G), _sum_up(source, target, shards, P, G)
+    pieces = list_pieces(plan, width, scatter_from, G)
+    exchange, source, target, _, start, stop = pieces.T
+    return tuple(
+        _sum_up(source[of], target[of], (stop - start)[of], P, G)
+        for number in range(3)
+        if (of := exchange == number).any() or number == 0
+    )
 
 
 def _sum_up(source: np.ndarray, target: np.ndarray, sizes: np.ndarray, P: int, G: int) -> LinkLoad:
