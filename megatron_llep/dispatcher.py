@@ -32,7 +32,7 @@ from megatron_llep.placement.exchange import TokenExchange
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, take
 from megatron_llep.placement.rank_note import RankNote
 from megatron_llep.planner import Topology, plan_over_replicas
-from megatron_llep.planner.cost.layer import get_layer_cost
+from megatron_llep.planner.cost.layer import get_layer_cost, get_layer_shape
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Rows [n, H] of some of the slots, by slot, and the router's weight of each [n]."""
@@ -73,6 +73,7 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         # pg_collection.ep may be several expert-parallel groups joined, each with all E experts.
         self.num_replicas = self.ep_size * num_local_experts // config.num_moe_experts
         self.cost = get_layer_cost(config, llep)
+        self.prices = get_layer_shape(config, llep).prices
         self.progress = progress or Progress()
         self.compares_at_once = dist.get_backend(self.tp_ep_group) == "gloo"
         """Whether unlike plans are seen before tokens move, and not with the next counts. gloo's
@@ -146,6 +147,7 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
                 imbalance_threshold=self.llep.imbalance_threshold,
                 tolerance=self.llep.tolerance,
                 topology=self.topology,
+                prices=self.prices,
                 cost=self.cost,
             )
         plan_seconds = time.perf_counter() - start

@@ -43,7 +43,11 @@ def compile_once_per_host(config: LLEPConfig, *, needed: bool) -> bool:
         refusal = None
         if needed and dist.get_rank() in turn:
             try:
-                is_cached = compile_planners([config.planner], replicas=config.replicas != "none")
+                is_cached = compile_planners(
+                    [config.planner],
+                    replicas=config.replicas != "none",
+                    nodes=config.ranks_per_node is not None,
+                )
             except ImportError as error:
                 refusal = f"--moe-llep: the planners need numba ({error}); install it"
             except Exception as error:  # whatever it is, no rank may wait for this one

@@ -10,6 +10,7 @@ from megatron_llep.planner.assignment import ORDERS, list_exchange, receives, se
 from megatron_llep.planner.compiled import compile_planners, compiled
 from megatron_llep.planner.make import PLANNERS, make_plan
 from megatron_llep.planner.plan import Plan, imbalance_of, plan_from_quota
+from megatron_llep.planner.prices import Prices
 from megatron_llep.planner.replicas import load_per_rank, plan_over_replicas
 from megatron_llep.planner.topology import Topology
 
@@ -17,6 +18,7 @@ __all__ = [
     "ORDERS",
     "PLANNERS",
     "Plan",
+    "Prices",
     "Topology",
     "compile_planners",
     "compiled",

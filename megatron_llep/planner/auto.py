@@ -33,11 +33,12 @@ def choose_plan(
     """
     best = plan("lp")
     time = cost.predict(best, counts, topology)
-    # (1 - mean / largest load) of that time is all that balance can save.
+    # (1 - mean / largest load) of that time is all that balance can save, on one node.
     load = best.load_per_rank_before
     slowest = len(load) * int(load.max())
     saved = to_picoseconds(time.compute + time.exchange) * (slowest - int(load.sum()))
-    if saved <= to_picoseconds(cost.model.planning_seconds) * slowest:
+    several_nodes = topology.node_size(len(load)) < len(load)
+    if not several_nodes and saved <= to_picoseconds(cost.model.planning_seconds) * slowest:
         return best
     least = time.nanoseconds
     tried = [best.quota]

@@ -23,6 +23,7 @@ FUNCTIONS = {
     "planners.lp": (READ, INT, INT, BOOL, FLOAT, BOOL),
     "planners.exact": (READ, INT, INT, BOOL, FLOAT, BOOL),
     "planners.tolerant": (READ, INT, INT, BOOL, FLOAT, BOOL, FLOAT),
+    "planners.nodes": (READ, INT, INT, FLOAT, BOOL, FLOAT, ROW),
     "planners.lla": (READ, INT, INT, BOOL, FLOAT, BOOL, FLOAT, INT),
     "plan.read_quotas": (READ,),
     "assignment.count_sends": (READ, READ, READ, INT, INT, BOOL),
@@ -41,7 +42,9 @@ OF_AUTO = ("lp", "exact", "tolerant")
 """Planners that `auto` runs."""
 
 
-def compile_planners(planners: Iterable[str] = (*OF_AUTO, "lla"), *, replicas: bool = True) -> bool:
+def compile_planners(
+    planners: Iterable[str] = (*OF_AUTO, "lla"), *, replicas: bool = True, nodes: bool = True
+) -> bool:
     """Compile all that these planners run in a step, or load it: seconds, or part of one.
 
     `convert_model` and `with_llep` call it, so that no training step waits for it. What else is
@@ -50,6 +53,7 @@ def compile_planners(planners: Iterable[str] = (*OF_AUTO, "lla"), *, replicas: b
     Args:
         planners: of `PLANNERS`.
         replicas: whether tokens are spread over replicas.
+        nodes: whether there are several.
 
     Returns:
         Whether the next process finds the machine code.
@@ -59,6 +63,8 @@ def compile_planners(planners: Iterable[str] = (*OF_AUTO, "lla"), *, replicas: b
     for planner in planners:
         run = OF_AUTO if planner == "auto" else (planner,)
         wanted |= {f"planners.{each}" for each in run}
+        if nodes and not {"tolerant", "exact"}.isdisjoint(run):
+            wanted.add("planners.nodes")
     if replicas:
         wanted |= {"plan.read_quotas", *(name for name in FUNCTIONS if "replicas." in name)}
     is_cached = [_compile(name)[1] for name in FUNCTIONS if name in wanted]

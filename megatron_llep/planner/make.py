@@ -11,6 +11,7 @@ import numpy as np
 from megatron_llep.planner.auto import choose_plan
 from megatron_llep.planner.compiled import compiled
 from megatron_llep.planner.plan import Plan, freeze_plan
+from megatron_llep.planner.prices import USUAL_PRICES, Prices
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
 if TYPE_CHECKING:
@@ -31,13 +32,15 @@ def make_plan(
     imbalance_threshold: float | None = None,
     tolerance: float = 0.05,
     topology: Topology = ONE_NODE,
+    prices: Prices = USUAL_PRICES,
     cost: "LayerCost | None" = None,
 ) -> Plan:
     """Plan one layer of one micro-batch. Every rank gets the same plan from the same counts.
 
     The plan is a fall-back to plain expert parallelism (nothing lent, `is_fallback`) when the
     imbalance is below `imbalance_threshold`, and when the planner does not lower the largest
-    load. (Imbalance is taken over ranks, as in the LLEP reference code.)
+    load. (Imbalance is taken over ranks, as in the LLEP reference code.) On several nodes
+    `tolerant` and `exact` go by who sends what, and lend where it saves traffic between nodes, too.
 
     Args:
         counts: integers [P, E], tokens that each rank routes to each expert. Experts g*M ..
@@ -52,6 +55,7 @@ def make_plan(
             predicts instead whether lending pays.
         tolerance: `tolerant` lets the largest load exceed the mean by this part of it.
         topology: the nodes of the P ranks; one node by default.
+        prices: of loans between nodes.
         cost: the machine and the layer; `auto` only, which needs it.
 
     Raises:
@@ -62,15 +66,18 @@ def make_plan(
     P, E = counts.shape
     if max_foreign is None:
         max_foreign = E // P
-    if imbalance_threshold is None:
-        imbalance_threshold = default_threshold(planner, tolerance)
+    threshold = imbalance_threshold
+    if threshold is None:
+        threshold = default_threshold(planner, tolerance)
+        if goes_by_senders(planner, topology, P):
+            threshold = 0.0  # a loan may pay where no rank has too much
     check_options(
         planner=planner,
         max_foreign=max_foreign,
         experts_per_rank=E // P,
         capacity_factor=capacity_factor,
         min_tokens_per_gemm=min_tokens_per_gemm,
-        imbalance_threshold=imbalance_threshold,
+        imbalance_threshold=threshold,
         tolerance=tolerance,
     )
 
@@ -84,9 +91,10 @@ def make_plan(
             max_foreign=max_foreign,
             capacity_factor=capacity_factor,
             min_tokens_per_gemm=min_tokens_per_gemm,
-            threshold=0.0 if predicts else imbalance_threshold,
+            threshold=0.0 if predicts else threshold,
             tolerance=tolerance,
             topology=topology,
+            prices=prices,
             falls_back=not predicts,
         )
 
@@ -107,6 +115,7 @@ def plan_counts(
     threshold: float,
     tolerance: float,
     topology: Topology,
+    prices: Prices,
     falls_back: bool,
 ) -> Plan:
     """Run one planner, whose options `make_plan` describes and checks.
@@ -120,26 +129,40 @@ def plan_counts(
         threshold: the imbalance below which nothing is lent.
         tolerance: of `tolerant`.
         topology: of the P ranks.
+        prices: of loans between nodes.
         falls_back: lend nothing if the largest load would not fall.
     """
     P = len(counts)
-    options: dict[str, tuple[float, ...]] = {
-        "tolerant": (tolerance,),
-        "lla": (capacity_factor, min_tokens_per_gemm),
-    }
-    plan = compiled(f"planners.{planner}")
-    quota, foreign_experts, transfers, smallest, *loads = plan(
-        counts,
-        max_foreign,
-        topology.node_size(P),
-        topology.lend_across_nodes,
-        threshold,
-        falls_back,
-        *options.get(planner, ()),
-    )
+    limits = max_foreign, topology.node_size(P)
+    if goes_by_senders(planner, topology, P):
+        tolerance = tolerance if planner == "tolerant" else 0.0
+        of_loans = np.array([prices.weights, prices.gradients, prices.scatter_from], np.int64)
+        found = compiled("planners.nodes")(
+            counts, *limits, threshold, falls_back, tolerance, of_loans
+        )
+    else:
+        options: dict[str, tuple[float, ...]] = {
+            "tolerant": (tolerance,),
+            "lla": (capacity_factor, min_tokens_per_gemm),
+        }
+        found = compiled(f"planners.{planner}")(
+            counts,
+            *limits,
+            topology.lend_across_nodes,
+            threshold,
+            falls_back,
+            *options.get(planner, ()),
+        )
+    quota, foreign_experts, transfers, smallest, *loads = found
     if smallest < 0:
         raise ValueError(f"counts must not be negative, the smallest is {smallest}")
     return freeze_plan(quota, foreign_experts, transfers, *loads)
+
+
+def goes_by_senders(planner: str, topology: Topology, num_ranks: int) -> bool:
+    """Whether a planner looks at who sends what, and not at sums: where there are several nodes."""
+    several = topology.lend_across_nodes and topology.node_size(num_ranks) < num_ranks
+    return several and planner in ("tolerant", "exact")
 
 
 def default_threshold(planner: str, tolerance: float) -> float:

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from megatron_llep.planner.make import plan_counts
+from megatron_llep.planner.prices import USUAL_PRICES
 from megatron_llep.planner.topology import ONE_NODE, Topology
 
 # The same examples on every run, and no deadline on a shared machine.
@@ -88,6 +89,7 @@ def _quota(
         min_tokens_per_gemm=min_tokens_per_gemm,
         threshold=0.0,
         tolerance=tolerance,
+        prices=USUAL_PRICES,
         topology=topology,
         falls_back=False,
     ).quota

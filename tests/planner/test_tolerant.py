@@ -10,6 +10,7 @@ from planner_routings import REPRODUCIBLE, exact_quota, make_counts, routings, t
 
 from megatron_llep.planner import Topology, make_plan
 from megatron_llep.planner.loops import tolerant
+from megatron_llep.planner.make import goes_by_senders
 from megatron_llep.planner.topology import ONE_NODE
 
 tolerances = st.sampled_from([0.0, 0.02, 0.05, 0.1, 0.5, 3.0])
@@ -27,7 +28,8 @@ def topologies(draw, num_ranks: int) -> Topology:
 def most_tokens(rank_loads, topology, tolerance):
     size = topology.node_size(len(rank_loads))
     load = np.array(rank_loads, dtype=np.int64)
-    return tolerant.most_tokens(load, size, topology.lend_across_nodes, float(tolerance))
+    size = len(load) if topology.lend_across_nodes else size
+    return tolerant.most_tokens(load, size, float(tolerance))
 
 
 def count_loans(quota, loads):
@@ -60,9 +62,11 @@ def test_bound_and_transfers_next_to_exact(routing, tolerance, data):
         size = topology.node_size(P)
         assert (expert // (len(loads) // P) // size == borrower // size).all()
     most, exact_most = quota.sum(axis=0).max(), exact.sum(axis=0).max()
+    if goes_by_senders("tolerant", topology, P):
+        return  # lends for the sake of links as well
+    assert most <= max(cap, exact_most)
     if max(rank_loads) <= cap:
         assert not foreign.any()
-    assert most <= max(cap, exact_most)
     if exact_most <= cap:
         assert count_loans(quota, loads) <= count_loans(exact, loads)
 

@@ -131,6 +131,7 @@ def simulate(
 def _run_plan(case: Case, counts: np.ndarray, method: str) -> _Layer:
     """One layer under plain expert parallelism, a planner, or the optimum."""
     options: dict[str, object] = {"planner": method, "topology": case.topology}
+    options["prices"] = case.model.layer.prices
     if method == "plain":
         options |= {"planner": "exact", "max_foreign": 0}
     elif method == "optimum":

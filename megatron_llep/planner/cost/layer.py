@@ -16,20 +16,14 @@ _FP8_BYTES = {"tensorwise": 1, "blockwise": 1, "mxfp8": 2}
 are 1/32 of that at most, are left out."""
 
 
-def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost | None:
-    """The cost of a model's MoE layers, as one rank holds them; None without a cost model.
-
-    Raises:
-        ValueError: the cost model cannot be read.
-    """
-    if llep.cost_model is None:
-        return None
+def get_layer_shape(config: "TransformerConfig", llep: "LLEPConfig") -> LayerShape:
+    """The sizes of a model's MoE layers, as one rank holds them."""
     weight_bytes = config.params_dtype.itemsize
     gradient_bytes = weight_bytes if llep.grad_dtype == "param" else max(4, weight_bytes)
     refetch = llep.foreign_weights == "refetch" or (
         llep.foreign_weights is None and config.pipeline_model_parallel_size > 1
     )
-    shape = LayerShape(
+    return LayerShape(
         hidden=config.moe_latent_size or config.hidden_size,
         ffn_hidden=config.moe_ffn_hidden_size // config.expert_tensor_parallel_size,
         num_experts=config.num_moe_experts,
@@ -41,4 +35,14 @@ def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost
         refetch=refetch,
         scatter_from=llep.scatter_from,
     )
-    return LayerCost(model=get_cost_model(llep.cost_model), shape=shape)
+
+
+def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost | None:
+    """The cost of a model's MoE layers; None without a cost model.
+
+    Raises:
+        ValueError: the cost model cannot be read.
+    """
+    if llep.cost_model is None:
+        return None
+    return LayerCost(model=get_cost_model(llep.cost_model), shape=get_layer_shape(config, llep))

@@ -36,6 +36,7 @@ from megatron_llep.planner.cost.picoseconds import (
     to_picoseconds,
 )
 from megatron_llep.planner.cost.traffic import LinkLoad, count_lending, count_tokens
+from megatron_llep.planner.prices import Prices
 
 if TYPE_CHECKING:  # the planners import this module
     from megatron_llep.planner.plan import Plan
@@ -94,6 +95,16 @@ class LayerShape:
     def token_bytes(self) -> int:
         """Bytes of one token on its way."""
         return self.hidden * self.bytes_per_element
+
+    @property
+    def prices(self) -> Prices:
+        """What a loan of one of the layer's experts takes of links between nodes."""
+        both_passes = 2 * self.token_bytes
+        return Prices(
+            weights=self.expert_bytes * (1 + self.refetch) // both_passes,
+            gradients=self.gradient_bytes // both_passes,
+            scatter_from=self.scatter_from,
+        )
 
     @property
     def flops_per_token(self) -> int:

@@ -16,8 +16,7 @@ def exact_moves(
     loads: np.ndarray,
     load: np.ndarray,
     max_foreign: int,
-    node_size: int,
-    lends_across: bool,
+    group_size: int,
     moves: np.ndarray,
 ) -> int:
     """Moves with which every rank computes total // P tokens, or one more.
@@ -31,9 +30,6 @@ def exact_moves(
     uses up an expert or fills a borrower, so there are at most E + P - 1. After the planner
     published with MoonEP (MoonshotAI/MoonEP).
 
-    With several nodes, each first goes through its own ranks, and then what is left of all is
-    gone through; where lending across nodes is ruled out, each node balances itself.
-
     With `max_foreign` < M a borrower that holds that many experts gets no further one: the
     tokens it should have taken stay at their home, and if that home was to borrow, it borrows
     so much less. Balance is then no longer perfect, but no rank is left with more than the
@@ -43,27 +39,22 @@ def exact_moves(
         loads: int64 [E] tokens per expert.
         load: int64 [P] tokens per rank under plain expert parallelism; becomes those after.
         max_foreign: most foreign experts per rank, 0 .. M.
-        node_size: ranks on a node; divides P.
-        lends_across: whether experts may be lent to other nodes.
+        group_size: ranks that lend to each other; divides P.
         moves: int64 [P * max_foreign, 3], filled with rows (expert, borrower, tokens).
 
     Returns:
         How many moves there are.
     """
     P = len(load)
-    surplus = even_shares(load, P if lends_across else node_size)
+    surplus = even_shares(load, group_size)
     for rank in range(P):
         surplus[rank] = load[rank] - surplus[rank]
     left = loads.copy()
     unlent = zeros(P)
     n = 0 * P  # no literal, for which numba would compile `_balance` a second time
-    size = node_size
-    while True:
-        for first in range(0, P, size):
-            n = _balance(first, first + size, surplus, left, unlent, load, max_foreign, moves, n)
-        if size == P or not lends_across:
-            return n
-        size = P
+    for first in range(0, P, group_size):
+        n = _balance(first, first + group_size, surplus, left, unlent, load, max_foreign, moves, n)
+    return n
 
 
 @helper

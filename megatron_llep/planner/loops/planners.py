@@ -22,8 +22,9 @@ from megatron_llep.planner.loops.exact import exact_moves
 from megatron_llep.planner.loops.jit import entry, helper
 from megatron_llep.planner.loops.lla import lla_moves
 from megatron_llep.planner.loops.moves import new_moves
-from megatron_llep.planner.loops.plan import give_tables, sum_up
-from megatron_llep.planner.loops.tolerant import tolerant_moves
+from megatron_llep.planner.loops.nodes import node_quotas
+from megatron_llep.planner.loops.plan import give_tables, read_quotas, sum_up
+from megatron_llep.planner.loops.tolerant import most_tokens, tolerant_moves
 
 Tables = tuple[np.ndarray, np.ndarray, np.ndarray, int, int, int, int]
 
@@ -41,7 +42,8 @@ def tolerant(
     """With `tolerant_moves`."""
     loads, load, smallest, before, moves, n = begin(counts, max_foreign)
     if smallest >= 0 and is_uneven(load, threshold):
-        n = tolerant_moves(loads, load, max_foreign, node_size, lends_across, tolerance, moves)
+        group_size = len(load) if lends_across else node_size
+        n = tolerant_moves(loads, load, max_foreign, group_size, tolerance, moves)
     return finish(loads, load, smallest, before, moves, n, falls_back)
 
 
@@ -57,8 +59,48 @@ def exact(
     """With `exact_moves`."""
     loads, load, smallest, before, moves, n = begin(counts, max_foreign)
     if smallest >= 0 and is_uneven(load, threshold):
-        n = exact_moves(loads, load, max_foreign, node_size, lends_across, moves)
+        group_size = len(load) if lends_across else node_size
+        n = exact_moves(loads, load, max_foreign, group_size, moves)
     return finish(loads, load, smallest, before, moves, n, falls_back)
+
+
+@entry
+def nodes(
+    counts: np.ndarray,
+    max_foreign: int,
+    node_size: int,
+    threshold: float,
+    falls_back: bool,
+    tolerance: float,
+    prices: np.ndarray,
+) -> Tables:
+    """With `node_quotas`, or `exact_moves` where these leave a rank less.
+
+    Loans may be there for links alone, so `falls_back` is about plans that leave a rank more pairs
+    than the tolerance allows.
+
+    Args:
+        counts: as for all, and the rest but one.
+        max_foreign: likewise.
+        node_size: likewise.
+        threshold: likewise.
+        falls_back: likewise.
+        tolerance: part of the mean by which a rank's load may exceed it.
+        prices: of loans, as for `loan_loads`.
+    """
+    loads, load, smallest, before, moves, n = begin(counts, max_foreign)
+    P = len(load)
+    if smallest < 0 or not is_uneven(load, threshold):
+        return finish(loads, load, smallest, before, moves, n, falls_back)
+    most = most_tokens(load, P, tolerance)
+    quota, after = node_quotas(counts, max_foreign, node_size, most, prices)
+    largest = largest_of(after)
+    if largest > most:
+        n = exact_moves(loads, load, max_foreign, P, moves)
+        if max(largest_of(load), most) < largest or (falls_back and largest > before):
+            return finish(loads, load, smallest, before, moves, n, falls_back)
+    foreign_experts, transfers, total, _, _ = read_quotas(quota)
+    return quota, foreign_experts, transfers, smallest, total, before, largest
 
 
 @entry

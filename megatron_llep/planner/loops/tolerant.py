@@ -1,6 +1,6 @@
 """Balance up to a tolerance, with as few transfers as possible.
 
-Shape letters: P ranks, E experts, M = E / P experts native to a rank, N nodes.
+Shape letters: P ranks, E experts, M = E / P experts native to a rank.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from megatron_llep.planner.loops.arrays import largest_of, total_of, zero_table,
 from megatron_llep.planner.loops.exact import even_shares, exact_moves, most_left
 from megatron_llep.planner.loops.jit import entry, helper
 from megatron_llep.planner.loops.moves import new_moves, set_move
-from megatron_llep.planner.loops.queue import NO_KEY, find, insert, take
+from megatron_llep.planner.loops.queue import find, insert, take
 
 
 @helper
@@ -17,8 +17,7 @@ def tolerant_moves(
     loads: np.ndarray,
     load: np.ndarray,
     max_foreign: int,
-    node_size: int,
-    lends_across: bool,
+    group_size: int,
     tolerance: float,
     moves: np.ndarray,
 ) -> int:
@@ -38,29 +37,28 @@ def tolerant_moves(
         loads: int64 [E] tokens per expert.
         load: int64 [P] tokens per rank under plain expert parallelism; becomes those after.
         max_foreign: most foreign experts per rank, 0 .. M.
-        node_size: ranks on a node; divides P.
-        lends_across: whether experts may be lent to other nodes.
+        group_size: ranks that lend to each other; divides P.
         tolerance: at least 0.
         moves: int64 [P * max_foreign, 3], filled with rows (expert, borrower, tokens).
 
     Returns:
         How many moves there are.
     """
-    cap = most_tokens(load, node_size, lends_across, tolerance)
+    cap = most_tokens(load, group_size, tolerance)
     if largest_of(load) <= cap:
         return 0
     P = len(load)
-    shares = even_shares(load, P if lends_across else node_size)
+    shares = even_shares(load, group_size)
     below_share = 0
     for rank in range(P):
         below_share += load[rank] < shares[rank]
     left, exact_load = loads.copy(), load.copy()
-    n = _shed(left, load, max_foreign, node_size, lends_across, cap, moves)
+    n = _shed(left, load, max_foreign, group_size, cap, moves)
     n = _even_out(left, load, largest_of(shares), moves, n)
     if max_foreign == len(loads) // P and n <= below_share and largest_of(load) <= cap:
         return n
     exact = new_moves(len(moves))
-    num_exact = exact_moves(loads, exact_load, max_foreign, node_size, lends_across, exact)
+    num_exact = exact_moves(loads, exact_load, max_foreign, group_size, exact)
     most, exact_most = max(cap, largest_of(load)), max(cap, largest_of(exact_load))
     if exact_most < most or (exact_most == most and num_exact < n):
         n = num_exact
@@ -72,23 +70,21 @@ def tolerant_moves(
 
 
 @entry
-def most_tokens(load: np.ndarray, node_size: int, lends_across: bool, tolerance: float) -> int:
+def most_tokens(load: np.ndarray, group_size: int, tolerance: float) -> int:
     """The cap: (1 + tolerance) * mean, rounded down, but at least the mean, rounded up.
 
-    Where lending across nodes is ruled out and a node has more than its ranks can take under
-    that cap, the mean is that of the node with the most tokens.
+    Where a group of ranks that lend to each other has more than these can take under that cap, the
+    mean is that of the group with the most tokens.
     """
     P = len(load)
     cap = _exceed_mean(total_of(load), P, tolerance)
-    if lends_across:
-        return cap
     most = 0 * P
-    for first in range(0, P, node_size):
+    for first in range(0, P, group_size):
         tokens = 0
-        for rank in range(first, first + node_size):
+        for rank in range(first, first + group_size):
             tokens += load[rank]
         most = max(most, tokens)
-    return cap if most <= cap * node_size else _exceed_mean(most, node_size, tolerance)
+    return cap if most <= cap * group_size else _exceed_mean(most, group_size, tolerance)
 
 
 @helper
@@ -106,8 +102,7 @@ def _shed(
     left: np.ndarray,
     load: np.ndarray,
     max_foreign: int,
-    node_size: int,
-    lends_across: bool,
+    group_size: int,
     cap: int,
     moves: np.ndarray,
 ) -> int:
@@ -120,9 +115,6 @@ def _shed(
     A borrower's last slot must not leave room unused: it is filled up, even if the lender, which
     still has its slots, falls below the cap and so becomes a borrower.
 
-    A lender stays within its node if that has room for all its surplus, or as good a room;
-    otherwise it looks at all nodes, if it may.
-
     Updates `left`, the tokens of each expert at its home [E], and `load` [P].
     """
     P = len(load)
@@ -130,36 +122,25 @@ def _shed(
     if max_foreign == 0:
         return 0
     lenders = zeros(P + 1)
-    # By node, a queue of the ranks with room and a slot, from the least room up.
-    rooms = zero_table(P // node_size, node_size + 1)
-    room_in_node = zeros(P // node_size)
+    # By group, a queue of the ranks with room and a slot, from the least room up.
+    rooms = zero_table(P // group_size, group_size + 1)
     slots = zeros(P)
     for rank in range(P):
         slots[rank] = max_foreign
-        node = rank // node_size
         if load[rank] > cap:
             insert(lenders, (load[rank] - cap) * P + P - 1 - rank)
         elif load[rank] < cap:
-            insert(rooms[node], (cap - load[rank]) * P + rank)
-            room_in_node[node] += cap - load[rank]
+            insert(rooms[rank // group_size], (cap - load[rank]) * P + rank)
     n = 0 * P  # no literal, for which numba would compile `set_move` a second time
     while lenders[0]:
         lender = P - 1 - take(lenders, lenders[0]) % P
-        own = lender // node_size
-        stays = not lends_across or room_in_node[own] >= load[lender] - cap
-        while load[lender] > cap:
+        queue = rooms[lender // group_size]
+        while load[lender] > cap and queue[0]:
             expert = most_left(left, lender * M, M)
             wanted = min(left[expert], load[lender] - cap)
-            node = own
-            if not stays or (lends_across and rooms[own, 0] == 0):
-                node = _best_node(rooms, own, wanted * P, P)
-            if rooms[node, 0] == 0:
-                break
-            queue = rooms[node]
             most_room = queue[queue[0]] // P
             key = take(queue, find(queue, min(wanted, most_room) * P))
             room, borrower = key // P, key % P
-            room_in_node[node] -= room
             slots[borrower] -= 1
             tokens = min(wanted if slots[borrower] else left[expert], room)
             set_move(moves, n, expert, borrower, tokens)
@@ -168,30 +149,10 @@ def _shed(
             load[lender] -= tokens
             load[borrower] += tokens
             if slots[borrower] and room > tokens:
-                insert(rooms[node], (room - tokens) * P + borrower)
-                room_in_node[node] += room - tokens
+                insert(queue, (room - tokens) * P + borrower)
         if load[lender] < cap:
-            insert(rooms[own], (cap - load[lender]) * P + lender)
-            room_in_node[own] += cap - load[lender]
+            insert(queue, (cap - load[lender]) * P + lender)
     return n
-
-
-@helper
-def _best_node(rooms: np.ndarray, own: int, wanted: int, P: int) -> int:
-    """The node with the best room for `wanted` (a key); the own one if its best is as large."""
-    most = 0
-    for queue in rooms:
-        if queue[0]:
-            most = max(most, queue[queue[0]] // P * P)
-    wanted = min(wanted, most)
-    if rooms[own, 0] and rooms[own, rooms[own, 0]] >= wanted:
-        return own
-    best, least = own, NO_KEY
-    for node in range(len(rooms)):
-        place = find(rooms[node], wanted)
-        if place <= rooms[node, 0] and rooms[node, place] < least:
-            best, least = node, rooms[node, place]
-    return best
 
 
 @helper
