@@ -59,12 +59,14 @@ class LLEPConfig:
     they take. Default: as many as a rank hosts."""
 
     ranks_per_node: int | None = None
-    """Ranks on each node, of those that share tokens. Lending and tokens then prefer the own node.
-    Default: all ranks count as one node."""
+    """Ranks on each node, of those that share tokens. Planners tolerant and exact then plan for
+    what crosses between nodes, and tokens stay in their node where they can. auto (default): as the
+    ranks' hostnames tell. A number: where a domain of fast links is larger, or smaller, than a
+    host."""
 
     lend_to: Literal["any_node", "own_node"] = "any_node"
-    """own_node: experts are lent within --moe-llep-ranks-per-node only, so that each node balances
-    itself."""
+    """own_node: experts are lent inside a node only (see --moe-llep-ranks-per-node), so that each
+    balances itself."""
 
     token_assignment: Literal["local_first", "rank_order"] = "local_first"
     """Which tokens of a lent expert go where. local_first: tokens stay on their rank where its
@@ -103,6 +105,8 @@ class LLEPConfig:
         Raises:
             ValueError: names the flag, its value and what it may be.
         """
+        if self.ranks_per_node == "auto":
+            object.__setattr__(self, "ranks_per_node", None)
         _require_choice("--moe-llep-planner", self.planner, tuple(PLANNERS))
         _require_choice("--moe-llep-replicas", self.replicas, REPLICAS)
         _require(
@@ -136,7 +140,7 @@ class LLEPConfig:
             self.ranks_per_node is None or self.ranks_per_node >= 1,
             "--moe-llep-ranks-per-node",
             self.ranks_per_node,
-            "give a number of ranks, 1 or more, or leave it out",
+            "give a number of ranks, 1 or more, or auto",
         )
         _require(
             math.isfinite(self.capacity_factor) and self.capacity_factor >= 1,

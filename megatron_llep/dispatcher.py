@@ -55,6 +55,7 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         pg_collection: ProcessGroupCollection,
         *,
         llep: LLEPConfig,
+        ranks_per_node: int | None = None,
         progress: Progress | None = None,
     ):
         # Of the dispatcher of Megatron's that the subclass names.
@@ -62,13 +63,14 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         super().__init__(*of_megatron)
         self.llep = llep
         self.num_native = num_local_experts
-        if self.ep_size % (llep.ranks_per_node or 1):
+        ranks_per_node = llep.ranks_per_node or ranks_per_node
+        if self.ep_size % (ranks_per_node or 1):
             raise ValueError(
-                f"--moe-llep-ranks-per-node {llep.ranks_per_node}: must divide the {self.ep_size} "
+                f"--moe-llep-ranks-per-node {ranks_per_node}: must divide the {self.ep_size} "
                 "ranks that share tokens"
             )
         self.topology = Topology(
-            ranks_per_node=llep.ranks_per_node, lend_across_nodes=llep.lend_to == "any_node"
+            ranks_per_node=ranks_per_node, lend_across_nodes=llep.lend_to == "any_node"
         )
         # pg_collection.ep may be several expert-parallel groups joined, each with all E experts.
         self.num_replicas = self.ep_size * num_local_experts // config.num_moe_experts

@@ -127,6 +127,7 @@ class LLEPMoELayer(MoELayer):
             self.config,
             groups.tokens,
             llep=llep,
+            ranks_per_node=groups.ranks_per_node,
             progress=shared.progress,
         )
         if self.use_shared_expert and self.shared_expert_overlap:

@@ -18,10 +18,17 @@ class _LLEPArguments(ArgumentGroupFactory):
         if attribute.name == "enabled":
             # True where a config is built in Python; on the command line one has to ask for it.
             kwargs |= {"action": "store_true", "default": False}
+        if attribute.name == "ranks_per_node":
+            kwargs |= {"type": _read_ranks_per_node, "metavar": "{auto,N}"}
         if "choices" in kwargs:
             # LLEPConfig checks the value itself, wherever it comes from.
             kwargs["metavar"] = "{" + ",".join(kwargs.pop("choices")) + "}"
         return kwargs
+
+
+def _read_ranks_per_node(text: str) -> int | None:
+    """None: as hostnames tell."""
+    return None if text == "auto" else int(text)
 
 
 def add_llep_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

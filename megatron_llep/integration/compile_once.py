@@ -46,7 +46,7 @@ def compile_once_per_host(config: LLEPConfig, *, needed: bool) -> bool:
                 is_cached = compile_planners(
                     [config.planner],
                     replicas=config.replicas != "none",
-                    nodes=config.ranks_per_node is not None,
+                    nodes=config.ranks_per_node is not None or len(firsts) > 1,
                 )
             except ImportError as error:
                 refusal = f"--moe-llep: the planners need numba ({error}); install it"

@@ -71,6 +71,8 @@ def with_llep(
         notices.add([NOT_CACHED])
     install_tracker()
     shared.prepare_groups(groups, join_replicas=config.replicas == "expert-dp")
+    if config.ranks_per_node is None:
+        notices.add(shared.list_mixed_nodes())
     notices.tell()
     return with_numbered_mtp(replaced) if replaced is not spec else spec
 
@@ -129,6 +131,8 @@ def convert_model(
     shared.prepare_groups(
         [groups for _, groups in found], join_replicas=config.replicas == "expert-dp"
     )
+    if config.ranks_per_node is None:
+        notices.add(shared.list_mixed_nodes())
     # Rank 0 may have a stage without MoE layers, and tells what concerns the others.
     ranks_lend, ranks_are_alone = zip(*gather_objects((bool(found), is_alone)), strict=True)
     if any(ranks_lend):
