@@ -27,6 +27,9 @@ DIST_VENV := .venv-dist
 FRAMEWORKS_VENV := .venv-frameworks
 FRAMEWORKS_READY := $(FRAMEWORKS_VENV)/.ready
 
+# Rate of the link: make nodes RATE=10gbit
+RATE ?= 100mbit
+
 # Layout of the demo: make demo TP=2 PP=2 EP=2
 TP ?= 1
 PP ?= 1
@@ -35,7 +38,7 @@ EP ?= 2
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help setup bench demo finetune gpu-check test test-long test-te test-frameworks test-megatron \
+.PHONY: help setup bench demo finetune nodes gpu-check test test-long test-te test-frameworks test-megatron \
 	test-oldest lint format dist clean
 
 help: ## this list
@@ -57,6 +60,9 @@ finetune: $(READY) ## SFT, then GRPO, with plain EP and with LLEP: runs/finetune
 
 bench: $(READY) ## one MoE layer, plain EP against LLEP: benchmarks/results/layer.json, .png
 	$(BIN)/python benchmarks/bench_layer.py
+
+nodes: $(READY) ## two nodes with a slow link between them, on this machine, as root: RATE=100mbit
+	$(BIN)/python tools/two_nodes.py --rate $(RATE)
 
 gpu-check: $(READY) ## on a machine with GPUs: right, and how fast: benchmarks/results/gpu_check.json
 	$(BIN)/python tools/gpu_check.py
