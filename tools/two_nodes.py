@@ -58,6 +58,7 @@ def main() -> int:
         raise SystemExit(f"--iterations {args.iterations}: give {WARM_UP + 1} or more")
     methods = list(dict.fromkeys(["plain", *args.methods]))
     trials: dict[str, list[Trial]] = {method: [] for method in methods}
+    Path("runs/nodes").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
             with join_two_nodes(args.rate) as nodes:
@@ -75,7 +76,7 @@ def main() -> int:
                                 flags,
                                 llep=own is not None,
                                 port=29500 + number,
-                                log=_place("", f"two-nodes-{method}.log"),
+                                log=_place("runs/nodes", f"{method}.log"),
                                 limit=args.limit,
                             )
                         )
