@@ -13,6 +13,7 @@ GRAD_DTYPES = ("fp32", "param")
 LEND_TO = ("any_node", "own_node")
 EXPERT_GEMMS = ("megatron", "grouped_mm")
 DISPATCHERS = ("alltoall", "flex")
+PLAN_AHEAD = ("auto", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,11 @@ class LLEPConfig:
     """Precision in which the weight gradients of lent experts are sent home: fp32, or that of the
     parameters (half the traffic for bf16 models)."""
 
+    plan_ahead: Literal["auto", "off"] = "auto"
+    """auto: where routing is known before layers run, as --moe-enable-routing-replay replays it,
+    the counts of all layers are exchanged at once at the start of a forward, and experts are lent
+    one layer ahead. off: each layer counts and lends for itself."""
+
     expert_gemm: Literal["megatron", "grouped_mm"] = "megatron"
     """How a rank computes its experts. megatron: as Megatron's own module does. grouped_mm: those
     of SequentialMLP, which run one after another, in torch's grouped GEMMs instead: for many small
@@ -125,6 +131,7 @@ class LLEPConfig:
             _require_choice("--moe-llep-foreign-weights", self.foreign_weights, FOREIGN_WEIGHTS)
         _require_choice("--moe-llep-grad-dtype", self.grad_dtype, GRAD_DTYPES)
         _require_choice("--moe-llep-lend-to", self.lend_to, LEND_TO)
+        _require_choice("--moe-llep-plan-ahead", self.plan_ahead, PLAN_AHEAD)
         _require_choice("--moe-llep-expert-gemm", self.expert_gemm, EXPERT_GEMMS)
         _require(
             math.isfinite(self.tolerance) and self.tolerance >= 0,

@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_llep.ahead.model_chunk import ModelChunk
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.compile_once import NOT_CACHED, compile_once_per_host
 from megatron_llep.integration.model_groups import find_groups
@@ -139,6 +140,8 @@ def convert_model(
     notices.tell()
     for layer, groups in found:
         LLEPMoELayer.convert(layer, llep=config, shared=shared, pg_collection=groups)
+    for chunk in chunks:
+        ModelChunk.join([each for each in chunk.modules() if isinstance(each, LLEPMoELayer)])
     number_mtp_layers(chunks)
     return chunks
 

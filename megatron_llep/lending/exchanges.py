@@ -36,8 +36,6 @@ class LoanExchanges:
         *,
         parcel: Parcel,
         fetched: RankTransfers,
-        returned: RankTransfers,
-        width: int,
         group: dist.ProcessGroup,
         shared: SharedLending,
         note_bytes: Callable[[int, int], None],
@@ -47,16 +45,12 @@ class LoanExchanges:
         Args:
             parcel: what travels of each expert.
             fetched: this rank's transfers, in units of parcels.
-            returned: the same, in numbers of the weights: what gradients take back.
-            width: W.
             group: the P ranks.
             shared: says on which stream they run.
             note_bytes: called at each exchange with the bytes this rank sends and receives.
         """
         self._parcel = parcel
         self._fetched = fetched
-        self._returned = returned
-        self._width = width
         self._group = group
         self._shared = shared
         self._note_bytes = note_bytes
@@ -71,24 +65,32 @@ class LoanExchanges:
         return self._start(self._fetch(lent, slots, buffers), [*buffers, *lent.values()])
 
     def start_return(
-        self, grads: torch.Tensor, dtype: torch.dtype
+        self,
+        grads: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        returned: RankTransfers,
+        width: int,
     ) -> tuple[PendingExchanges, torch.Tensor]:
         """Start to send the gradients of foreign experts home.
 
         Args:
             grads: [F * W]. Sums of shards take the place of this rank's.
             dtype: in which they travel.
+            returned: this rank's transfers, in numbers of the weights: what gradients take back.
+            width: W.
 
         Returns:
             What is in flight, and [L], what it brings: by the pieces that the fetch sends first.
         """
-        first, *second = (exchange.reverse() for exchange in self._returned.exchanges)
+        first, *second = (exchange.reverse() for exchange in returned.exchanges)
         like = grads.new_empty(0, dtype=dtype)
         buffers = [make_buffers(exchange, like) for exchange in second]
         as_they_are = self._arrives_whole() and grads.dtype == dtype
         buffers.append(make_buffers(first, like, outgoing=grads if as_they_are else None))
-        sums = grads.new_empty(count_numbers(self._find_own_shards()))
-        pending = self._start(self._return(grads, buffers, sums), [*buffers, (sums,)])
+        sums = grads.new_empty(count_numbers(_find_own_shards(returned)))
+        steps = self._return(grads, buffers, sums, returned, width)
+        pending = self._start(steps, [*buffers, (sums,)])
         return pending, buffers[-1][1]
 
     def _start(
@@ -121,25 +123,30 @@ class LoanExchanges:
             unpack(incoming, exchange.receives, slots, width)
 
     def _return(
-        self, grads: torch.Tensor, buffers: list[Buffers], sums: torch.Tensor
+        self,
+        grads: torch.Tensor,
+        buffers: list[Buffers],
+        sums: torch.Tensor,
+        returned: RankTransfers,
+        width: int,
     ) -> Iterator[dist.Work]:
         """The way back of `_fetch`: shards of gradients to those who sum them, then home."""
-        first, *second = (exchange.reverse() for exchange in self._returned.exchanges)
+        first, *second = (exchange.reverse() for exchange in returned.exchanges)
         for exchange, (outgoing, incoming) in zip(second, buffers[:-1], strict=True):
-            pack(grads, exchange.sends, outgoing, self._width)
+            pack(grads, exchange.sends, outgoing, width)
             yield self._exchange(exchange, outgoing, incoming)
             sum_shards(
                 grads,
-                self._find_own_shards(),
+                _find_own_shards(returned),
                 incoming,
                 exchange.receives,
                 sums,
                 rank=dist.get_rank(self._group),
-                width=self._width,
+                width=width,
             )
         outgoing, incoming = buffers[-1]
         if outgoing is not grads:
-            pack(grads, first.sends, outgoing, self._width)
+            pack(grads, first.sends, outgoing, width)
         yield self._exchange(first, outgoing, incoming)
 
     def _exchange(
@@ -161,9 +168,8 @@ class LoanExchanges:
         """Whether this rank borrows no expert in shards: what comes is what the slots hold."""
         return not any(exchange.receives for exchange in self._fetched.exchanges[1:])
 
-    def _find_own_shards(self) -> list[Piece]:
-        """This rank's shard, in numbers, of each foreign expert that comes in shards."""
-        in_shards = {piece.expert for each in self._returned.exchanges[1:] for piece in each.sends}
-        return [
-            piece for piece in self._returned.exchanges[0].receives if piece.expert in in_shards
-        ]
+
+def _find_own_shards(returned: RankTransfers) -> list[Piece]:
+    """This rank's shard, in numbers, of each foreign expert that comes in shards."""
+    in_shards = {piece.expert for each in returned.exchanges[1:] for piece in each.sends}
+    return [piece for piece in returned.exchanges[0].receives if piece.expert in in_shards]
