@@ -161,10 +161,12 @@ class ModelChunk:
             return meanwhile
         number = self._layers.index(layer)
         if number == 0:
-            if known_ahead and self._table is None:
-                self._start_gathering()
             self._num_ahead, self._expects = known_ahead, known_ahead > 0
-        if number + 1 not in self._later and not (number == 0 and known_ahead):
+            if self._table is not None:
+                self._learn()  # it came with this layer's counts
+            elif known_ahead:
+                self._start_gathering()
+        if number + 1 not in self._later and self._table is None:
             return meanwhile
 
         def do_both() -> None:
@@ -223,9 +225,10 @@ class ModelChunk:
 
     def _learn(self) -> None:
         """Take what was gathered, once: layers up to the first whose experts are not alike."""
-        if self._table is None or not self._num_ahead:
+        gathered, self._table = self._table, None
+        if gathered is None or not self._num_ahead:
             return
-        table, self._table = self._table.wait(), None
+        table = gathered.wait()
         assert self._counts is not None
         tp_size = self._layers[0].token_dispatcher.tp_size
         for number in range(1, self._num_ahead + 1):
