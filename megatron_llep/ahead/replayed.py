@@ -96,7 +96,7 @@ def _only_replays(router: torch.nn.Module) -> bool:
         kinds <= _BALANCING
         and not config.moe_router_fusion
         and config.moe_expert_capacity_factor is None
-        and not (router._forward_hooks or router._forward_pre_hooks)
+        and not router._forward_hooks  # one before it changes the input at most
         and own.keys().isdisjoint(("forward", "routing", "get_replay_topk"))
         and all(map(_is_of_megatron, _list_steps()))
     )
