@@ -119,7 +119,7 @@ class ModelChunk:
             self._begin(routing_map)
             return None
         self._learn()
-        later = self._later.pop(number, None)
+        later = self._later.get(number)
         if later is None:
             return None
         if not later.replayed.is_obeyed(len(routing_map)):
@@ -129,6 +129,7 @@ class ModelChunk:
                 "planned; set all layers' routes before the forward, or give "
                 "--moe-llep-plan-ahead off"
             )
+        del self._later[number]
         self._compare(routing_map, later.own_counts)
         return later.prepare()
 

@@ -25,6 +25,7 @@ FLAGS = [
     "--moe-llep-dispatcher",
     "--moe-llep-foreign-weights",
     "--moe-llep-grad-dtype",
+    "--moe-llep-plan-ahead",
     "--moe-llep-expert-gemm",
     "--moe-llep-scatter-from",
 ]
@@ -58,7 +59,7 @@ def test_every_flag_is_read():
         *("--moe-llep-max-foreign-experts", "3", "--moe-llep-token-assignment", "rank_order"),
         *("--moe-llep-foreign-weights", "refetch", "--moe-llep-grad-dtype", "param"),
         *("--moe-llep-replicas", "expert-dp", "--moe-llep-expert-gemm", "grouped_mm"),
-        *("--moe-llep-scatter-from", "2"),
+        *("--moe-llep-scatter-from", "2", "--moe-llep-plan-ahead", "off"),
     )
     assert given == LLEPConfig(
         planner="lla",
@@ -67,6 +68,7 @@ def test_every_flag_is_read():
         imbalance_threshold=2.0,
         replicas="expert-dp",
         max_foreign_experts=3,
+        plan_ahead="off",
         tolerance=0.2,
         ranks_per_node=4,
         lend_to="own_node",
