@@ -195,7 +195,12 @@ class LLEPMoELayer(MoELayer):
         probs, routing_map = super().route(hidden_states, padding_mask)
         if find(Routed, routing_map) is not None:  # the router gave this very tensor before
             routing_map = routing_map.clone()
-        routed = replace(self._look_ahead(routing_map), place=place)
+        chunk = self.model_chunk
+        if chunk is not None:
+            routed = chunk.start_count(self, routing_map)
+        else:
+            routed = self._start_count(routing_map)
+        routed = replace(routed, place=place)
         shared_output = None if self._is_cut else super().shared_experts_compute(shared_input)
         hand_on(replace(routed, shared_output=shared_output), routing_map)
         return probs, routing_map
@@ -350,16 +355,6 @@ class LLEPMoELayer(MoELayer):
 
     def _start_count(self, routing_map: torch.Tensor) -> Routed:
         return self.token_dispatcher.start_count(routing_map, self.make_offer())
-
-    def _look_ahead(self, routing_map: torch.Tensor) -> Routed:
-        """Start counting, unless counts or plan were there before."""
-        chunk, dispatcher = self.model_chunk, self.token_dispatcher
-        if chunk is None:
-            return self._start_count(routing_map)
-        ahead = chunk.enter(self, routing_map)
-        if ahead is not None:
-            return dispatcher.skip_count(routing_map, ahead)
-        return dispatcher.start_count(routing_map, self.make_offer(), chunk.known_ahead(self))
 
     def _note_bytes(self, sent: int, received: int) -> None:
         if self.training:

@@ -35,7 +35,7 @@ from megatron_llep.lending.lender import start_lending
 from megatron_llep.lending.offer import Offer
 from megatron_llep.lending.progress import is_in_backward
 from megatron_llep.placement.counting import ASTRAY, Foretold, ForetoldTable
-from megatron_llep.placement.forward import Ahead
+from megatron_llep.placement.forward import Ahead, Routed
 
 if TYPE_CHECKING:
     from megatron_llep.layer import LLEPMoELayer
@@ -106,44 +106,28 @@ class ModelChunk:
             for layer in layers:
                 layer.model_chunk = chunk
 
-    def enter(self, layer: "LLEPMoELayer", routing_map: torch.Tensor) -> Ahead | None:
-        """What is known of a layer that has just routed, bool [T, E]; None: it is to count.
+    def start_count(self, layer: "LLEPMoELayer", routing_map: torch.Tensor) -> Routed:
+        """Start to count what a layer has just routed, unless it is planned already.
+
+        Args:
+            layer: of the chunk.
+            routing_map: bool [T, E].
 
         Raises:
             RuntimeError: the layer did not replay what it was about to.
         """
-        if is_in_backward():
-            return None
-        number = self._layers.index(layer)
-        if number == 0:
-            self._begin(routing_map)
-            return None
-        self._learn()
-        later = self._later.get(number)
-        if later is None:
-            return None
-        if not later.replayed.is_obeyed(len(routing_map)):
-            raise RuntimeError(
-                f"--moe-llep-plan-ahead {layer.llep.plan_ahead}: {layer.in_words()} replays other "
-                "routes than those that were set when the forward began, from which it was "
-                "planned; set all layers' routes before the forward, or give "
-                "--moe-llep-plan-ahead off"
-            )
-        del self._later[number]
-        self._compare(routing_map, later.own_counts)
-        return later.prepare()
-
-    def known_ahead(self, layer: "LLEPMoELayer") -> torch.Tensor | int:
-        """What this rank tells with the counts of a layer: of how many layers behind it knows.
-
-        ASTRAY if something was not as foretold; the device knows.
-        """
-        if layer is not self._layers[0] or is_in_backward():
-            return 0
-        if self._is_astray is None:
-            return len(self._known)
-        astray, self._is_astray = self._is_astray, None
-        return torch.where(astray, ASTRAY, len(self._known)).to(torch.int64).view(1)
+        dispatcher, number = layer.token_dispatcher, self._layers.index(layer)
+        if number == 0 and not is_in_backward():
+            self._begin(len(routing_map))
+            routed = dispatcher.start_count(routing_map, layer.make_offer(), self._tell_known())
+            if self._expects:
+                # Behind the layer's own, which tell the ranks apart that are somewhere else.
+                self._start_gathering()
+            return routed
+        ahead = None if is_in_backward() else self._take(layer, number, routing_map)
+        if ahead is not None:
+            return dispatcher.skip_count(routing_map, ahead)
+        return dispatcher.start_count(routing_map, layer.make_offer())
 
     def go_ahead(
         self, layer: "LLEPMoELayer", known_ahead: int, meanwhile: Callable[[], None] | None
@@ -187,15 +171,37 @@ class ModelChunk:
             if later.ahead is not None and later.ahead.loan is not None:
                 later.ahead.loan.continue_fetch()
 
-    def _begin(self, routing_map: torch.Tensor) -> None:
+    def _begin(self, num_tokens: int) -> None:
         """A forward begins: see which layers' routes this rank knows."""
         for later in self._later.values():  # of a forward that left layers out
             if later.ahead is not None and later.ahead.loan is not None:
                 later.ahead.loan.drop()
         self._later, self._table, self._num_ahead = {}, None, 0
-        self._known = list(self._look(len(routing_map)))
-        if self._expects:
-            self._start_gathering()
+        self._known = list(self._look(num_tokens))
+
+    def _tell_known(self) -> torch.Tensor | int:
+        """Of how many later layers this rank knows; ASTRAY if some map was not as foretold."""
+        if self._is_astray is None:
+            return len(self._known)
+        astray, self._is_astray = self._is_astray, None
+        return torch.where(astray, ASTRAY, len(self._known)).to(torch.int64).view(1)
+
+    def _take(self, layer: "LLEPMoELayer", number: int, routing_map: torch.Tensor) -> Ahead | None:
+        """What was planned for a layer that has just routed; None: it is to count."""
+        self._learn()
+        later = self._later.get(number)
+        if later is None:
+            return None
+        if not later.replayed.is_obeyed(len(routing_map)):
+            raise RuntimeError(
+                f"--moe-llep-plan-ahead {layer.llep.plan_ahead}: {layer.in_words()} replays other "
+                "routes than those that were set when the forward began, from which it was "
+                "planned; set all layers' routes before the forward, or give "
+                "--moe-llep-plan-ahead off"
+            )
+        del self._later[number]
+        self._compare(routing_map, later.own_counts)
+        return later.prepare()
 
     def _look(self, num_tokens: int) -> Iterator[tuple[Replayed, Offer]]:
         """Up to the first layer of which this rank does not know, or for which it refuses."""

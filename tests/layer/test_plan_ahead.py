@@ -6,12 +6,15 @@ them knows alone.
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay
 
 from megatron_llep.ahead.replayed import count_pairs
 from megatron_llep.config import LLEPConfig
+from megatron_llep.lending.progress import Progress
+from megatron_llep.planner import plan_from_quota
 from support.host_reads import HostReads
 from support.layout import Layout, use_layout
 from support.llep import EAGER
@@ -224,6 +227,46 @@ def test_a_map_that_was_not_foretold_is_told_to_all_ranks():
                     run_forward(model, run, rank, 2)
 
     run_ranks(work, 2)
+
+
+def test_ranks_in_different_forwards_say_so():
+    """One recomputes while the other begins anew, and gathers what the first one does not."""
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    run = make_run(num_layers=2, recompute_num_layers=1, **recompute)
+
+    kept = []
+
+    def work(rank, size):
+        # Left in use: gloo cannot end a group in which a gather waits for the other rank.
+        kept.append(use_layout(run.layout))
+        kept[0].__enter__()
+        model, _ = build_anew(run, WHOLE)
+        losses = []
+        for micro_batch in range(2):
+            set_routes(model, micro_batch + rank, 32)
+            losses.append(run_forward(model, run, rank, micro_batch))
+        with pytest.raises(RuntimeError, match="different forwards") as caught:
+            losses[1].backward() if rank == 0 else run_forward(model, run, rank, 2)
+        return str(caught.value)
+
+    first, second = run_ranks(work, 2)
+    assert first == second
+    assert "ranks [0]: layer 2, training, recomputed" in first
+
+
+def test_the_digest_stands_for_all_plans_since_the_last_count():
+    one, other = (plan_from_quota(np.diag([1, number])) for number in (1, 2))
+    made = []
+    for plans in ([one, one], [other, one], [one, other], [one]):
+        progress = Progress()
+        progress.note_plan(other)
+        progress.note_plan(plans[0])
+        for plan in plans[1:]:
+            progress.note_plan(plan, ahead_of="layer 2")
+        made.append(progress.last_plan)
+    assert len(set(made)) == len(made)
+    assert made[-1] == one.digest
+    assert all(-(2**63) <= each < 2**63 for each in made)
 
 
 def patch_replay(monkeypatch, model):
