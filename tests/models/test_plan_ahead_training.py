@@ -71,31 +71,31 @@ def test_gathered_parameters_and_reduced_gradients_overlap():
     assert count_ahead(run) == [(12, 8)] * 2
 
 
+CASES = {
+    # A recomputed layer counts for itself.
+    "recomputed layers": (make_run(**FULL, recompute_method="uniform"), (32, 12)),
+    # The last one's weights start in a forward that is not recorded, for one that is.
+    "some layers recomputed": (
+        make_run(**FULL | {"recompute_num_layers": 3}, recompute_method="block"),
+        (28, 12),
+    ),
+    "recomputed experts": (make_run(**SELECTIVE), (32, 12)),
+    "multi-token prediction": (make_run(num_layers=2, mtp_num_layers=2), (16, 12)),
+    "the same layer predicts twice": (
+        make_run(num_layers=2, mtp_num_layers=2, mtp_use_repeated_layer=True),
+        (16, 8),
+    ),
+    "stages": (make_run(Layout(pp=2, ep=2)), (8, 4)),
+    # Another micro-batch's backward may come between: each layer lends for itself.
+    "overlapped exchange": (make_run(**CUT), (16, 0)),
+    "expert data parallel": (make_run(Layout(ep=2, dp=4), overlaps=True), (8, 6)),
+    "expert tensor parallel": (make_run(Layout(tp=2, ep=2, etp=2)), (16, 12)),
+}
+"""A run, and what `count_ahead` says of each rank."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("run", "expected"),
-    {
-        # A recomputed layer counts for itself.
-        "recomputed layers": (make_run(**FULL, recompute_method="uniform"), (32, 12)),
-        # The last one's weights start in a forward that is not recorded, for one that is.
-        "some layers recomputed": (
-            make_run(**FULL | {"recompute_num_layers": 3}, recompute_method="block"),
-            (28, 12),
-        ),
-        "recomputed experts": (make_run(**SELECTIVE), (32, 12)),
-        "multi-token prediction": (make_run(num_layers=2, mtp_num_layers=2), (16, 12)),
-        "the same layer predicts twice": (
-            make_run(num_layers=2, mtp_num_layers=2, mtp_use_repeated_layer=True),
-            (16, 8),
-        ),
-        "stages": (make_run(Layout(pp=2, ep=2)), (8, 4)),
-        # Another micro-batch's backward may come between: each layer lends for itself.
-        "overlapped exchange": (make_run(**CUT), (16, 0)),
-        "expert data parallel": (make_run(Layout(ep=2, dp=4), overlaps=True), (8, 6)),
-        "expert tensor parallel": (make_run(Layout(tp=2, ep=2, etp=2)), (16, 12)),
-    }.values(),
-    ids=lambda each: None,
-)
+@pytest.mark.parametrize(("run", "expected"), CASES.values(), ids=CASES)
 def test_in_schedules(run, expected):
     assert count_ahead(run) == [expected] * run.layout.world_size
 
