@@ -97,6 +97,12 @@ class LLEPConfig:
     once per borrower, at the price of a second exchange. Fewer bytes one after another from 2 on;
     2 for large experts or slow links. 0: each borrower is sent all of it."""
 
+    record: str | None = None
+    """A folder for a recording of the routing, beside the training: for each layer and micro-batch
+    the tokens of each rank for each expert, and what was lent. `python -m megatron_llep plan` and
+    simulate read it. One folder a run; a run that is resumed goes on in its own. Needs pip install
+    megatron-llep[record]."""
+
     def __post_init__(self) -> None:
         """Reject values that no model could use.
 

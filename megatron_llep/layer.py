@@ -13,6 +13,7 @@ from functools import partial, wraps
 from typing import Concatenate
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.cuda_graphs import is_graph_capturing
@@ -42,7 +43,8 @@ from megatron_llep.lending.progress import name_layer
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.lending.trained import find_common_dtype, find_trained
-from megatron_llep.metrics import record_exchange, record_plan
+from megatron_llep.metrics import number_in_model, record_exchange, record_plan
+from megatron_llep.observe.recording_info import make_info
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, read, take
 from megatron_llep.placement.rank_note import RankNote
 from megatron_llep.travel.kinds import make_dispatcher
@@ -136,6 +138,13 @@ class LLEPMoELayer(MoELayer):
         self._is_cut = self.config.overlap_moe_expert_parallel_comm
         # Between a backward and its `backward_dw`, which follows before the layer's next backward.
         self._put_off: deque[WeightLoan] = deque()
+        self._recorder = shared.recorder if self.token_dispatcher.source == 0 else None
+        if self._recorder is not None:
+            self._recorder.open(
+                make_info(self.config, llep, pg_collection),
+                group=0 if llep.replicas == "expert-dp" else pg_collection.expt_dp.rank(),
+                rank=dist.get_rank(),
+            )
 
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Put shared experts off until counts travel: see `route`.
@@ -390,6 +399,9 @@ class LLEPMoELayer(MoELayer):
                 foreign_bytes=foreign_bytes,
                 plan_seconds=placed.plan_seconds,
             )
+            if self._recorder is not None:
+                number = number_in_model(self.layer_number, self.is_mtp_layer, self.config)
+                self._recorder.add(number, placed.counts, placed.plan)
 
 
 def _is_in_backward() -> bool:

@@ -9,7 +9,7 @@ LLEP's to the same console line, TensorBoard writer and wandb run.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from megatron.core.transformer.moe.moe_logging import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.planner import Plan, imbalance_of
+
+if TYPE_CHECKING:
+    from megatron_llep.observe.recorder import Recorder
 
 Over = Literal["mean", "max"]
 
@@ -153,6 +156,10 @@ class LLEPMetricsTracker(MoEMetricsTracker):
         self._sharers: dist.ProcessGroup | None = None
         self.told: set[str] = set()
         """What a user was told at start-up. Megatron keeps the tracker as long as the process."""
+        self.recorders: dict[str, Recorder] = {}
+        """By folder; kept here as long."""
+        self.times_reported = 0
+        """By `report` and `read`."""
 
     def record_layer(self, layer: int, values: Mapping[str, float]) -> None:
         """Add one plan's metrics; `layer` counts from 0 over the whole model."""
@@ -175,6 +182,7 @@ class LLEPMetricsTracker(MoEMetricsTracker):
     def report(self, loss_scale, iteration, writer=None, wandb_writer=None, **kwargs) -> str:
         """Report Megatron's metrics, then LLEP's; every rank must call it, as it reduces."""
         self._pass_on()
+        self.times_reported += 1
         table = self._reduce(self._unreported, kwargs.get("pg_collection"))
         line = super().report(loss_scale, iteration, writer, wandb_writer, **kwargs)  # clears
         scalars = _name_values(table, per_layer=bool(kwargs.get("per_layer_logging")))
@@ -191,6 +199,7 @@ class LLEPMetricsTracker(MoEMetricsTracker):
         Every rank must call it, as it reduces.
         """
         self._pass_on()
+        self.times_reported += 1
         table = self._reduce(self._unread, pg_collection)
         self._unread = _Recorded()
         return _name_values(table, per_layer=per_layer)
@@ -243,6 +252,17 @@ def install_tracker() -> LLEPMetricsTracker:
     return tracker
 
 
+def number_in_model(layer_number: int, is_mtp_layer: bool, config: TransformerConfig) -> int:
+    """A layer's number over the whole model, from 0; multi-token prediction layers last.
+
+    Args:
+        layer_number: from 1, as Megatron counts; multi-token prediction layers from 1 again.
+        is_mtp_layer: whether this is such a layer.
+        config: of the model.
+    """
+    return layer_number - 1 + is_mtp_layer * config.num_layers
+
+
 def record_plan(
     plan: Plan,
     load_before: np.ndarray,
@@ -286,7 +306,7 @@ def record_plan(
         "fallback_rate": float(after == before),
         "plan_ms": plan_seconds * 1e3,
     }
-    tracker.record_layer(layer_number - 1 + is_mtp_layer * config.num_layers, values)
+    tracker.record_layer(number_in_model(layer_number, is_mtp_layer, config), values)
 
 
 def record_exchange(
@@ -310,7 +330,7 @@ def record_exchange(
     """
     tracker = get_moe_metrics_tracker()
     if isinstance(tracker, LLEPMetricsTracker):
-        layer = layer_number - 1 + is_mtp_layer * config.num_layers
+        layer = number_in_model(layer_number, is_mtp_layer, config)
         tracker.record_exchange(layer, sent, received, group)
 
 

@@ -29,6 +29,7 @@ from megatron_llep.lending.groups import gather_objects
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import install_tracker
+from megatron_llep.observe.recorder import prepare_recorder
 from megatron_llep.validation import check_layer, check_same_on_all_ranks, refuse_on_all_ranks
 
 
@@ -67,6 +68,7 @@ def with_llep(
     except ValueError as error:
         refusal = str(error)
     refuse_on_all_ranks(refusal)
+    shared.recorder = prepare_recorder(config, [(each, None) for each in groups])
     if not compile_once_per_host(config, needed=bool(groups)):
         notices.add([NOT_CACHED])
     install_tracker()
@@ -122,10 +124,12 @@ def convert_model(
                 except ValueError as error:
                     refusal = refusal or f"{error} ({name or 'the layer'} of chunk {number})"
     refuse_on_all_ranks(refusal)
+    recorder = prepare_recorder(config, [(groups, layer.config) for layer, groups in found])
     if not compile_once_per_host(config, needed=bool(found)):
         notices.add([NOT_CACHED])
     install_tracker()
     shared = SharedLending(progress)
+    shared.recorder = recorder
     shared.prepare_groups(
         [groups for _, groups in found], join_replicas=config.replicas == "expert-dp"
     )

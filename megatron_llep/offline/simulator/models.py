@@ -29,7 +29,7 @@ class ModelShape:
     """Of one micro-batch, where nothing else is asked for."""
 
 
-def _make_model(name: str, args: dict[str, Any], tokens_per_rank: int) -> ModelShape:
+def make_model(name: str, args: dict[str, Any], tokens_per_rank: int) -> ModelShape:
     """Read a model's shape from Megatron's flags (without dashes in front)."""
     hidden, E = args["hidden-size"], args["num-experts"]
     layers = count_layers(args)
@@ -122,9 +122,9 @@ _KIMI_K2 = _DEEPSEEK_V3 | {
 
 # Tokens a rank: what the LLEP paper measures with.
 MODELS: dict[str, ModelShape] = {
-    "gpt-oss-120b": _make_model("gpt-oss-120b", _GPT_OSS_120B, 32768),
-    "deepseek-v3": _make_model("deepseek-v3", _DEEPSEEK_V3, 16384),
-    "kimi-k2": _make_model("kimi-k2", _KIMI_K2, 16384),
+    "gpt-oss-120b": make_model("gpt-oss-120b", _GPT_OSS_120B, 32768),
+    "deepseek-v3": make_model("deepseek-v3", _DEEPSEEK_V3, 16384),
+    "kimi-k2": make_model("kimi-k2", _KIMI_K2, 16384),
 }
 
 
@@ -152,6 +152,6 @@ def get_model(name_or_path: str) -> ModelShape:
     flags = load_config(path)["MODEL_ARGS"]
     args: dict[str, Any] = {flag.removeprefix("--"): value for flag, value in flags.items()}
     try:
-        return _make_model(path.stem, args, args["seq-length"] * args.get("micro-batch-size", 1))
+        return make_model(path.stem, args, args["seq-length"] * args.get("micro-batch-size", 1))
     except KeyError as error:
         raise ValueError(f"model {path}: {error} is missing") from error
