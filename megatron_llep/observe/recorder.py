@@ -57,7 +57,7 @@ class Recorder:
         """
         from megatron_llep.offline.recording import RecordingWriter
 
-        if self._info is not None and info != self._info:
+        if self._info is not None and info.sizes != self._info.sizes:
             raise ValueError(
                 f"--moe-llep-record {self._folder}: another model of this process is recorded "
                 "there; give each a folder of its own"
