@@ -389,6 +389,7 @@ class LLEPMoELayer(MoELayer):
                 expert_bytes=self.lendable.expert_bytes,
                 foreign_bytes=foreign_bytes,
                 plan_seconds=placed.plan_seconds,
+                expert_tokens=placed.expert_tokens,
             )
 
 
