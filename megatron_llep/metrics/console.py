@@ -51,8 +51,8 @@ def _describe_outlook(values: Mapping[str, float], machine: str) -> Iterator[str
     if "outlook_planned" not in values:
         return
     yield (
-        f"if lent, on {machine} ({values['outlook_planned']:.0f} layer forwards planned): "
-        f"imbalance {values['outlook_plain_imbalance']:.2f}"
+        f"if lent, predicted for {machine} from {values['outlook_planned']:.0f} layer forwards: "
+        f"imbalance now {values['outlook_plain_imbalance']:.2f}"
     )
     for planner in PLANNERS:
         name = f"outlook_{planner}_"
