@@ -13,7 +13,6 @@ from functools import partial, wraps
 from typing import Concatenate
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.cuda_graphs import is_graph_capturing
@@ -140,11 +139,7 @@ class LLEPMoELayer(MoELayer):
         self._put_off: deque[WeightLoan] = deque()
         self._recorder = shared.recorder if self.token_dispatcher.source == 0 else None
         if self._recorder is not None:
-            self._recorder.open(
-                make_info(self.config, llep, pg_collection),
-                group=0 if llep.replicas == "expert-dp" else pg_collection.expt_dp.rank(),
-                rank=dist.get_rank(),
-            )
+            self._recorder.open(make_info(self.config, llep, pg_collection), pg_collection)
 
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Put shared experts off until counts travel: see `route`.
@@ -398,6 +393,7 @@ class LLEPMoELayer(MoELayer):
                 expert_bytes=self.lendable.expert_bytes,
                 foreign_bytes=foreign_bytes,
                 plan_seconds=placed.plan_seconds,
+                expert_tokens=placed.expert_tokens,
             )
             if self._recorder is not None:
                 number = number_in_model(self.layer_number, self.is_mtp_layer, self.config)

@@ -21,6 +21,7 @@ from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.compile_once import NOT_CACHED, compile_once_per_host
 from megatron_llep.integration.model_groups import find_groups
 from megatron_llep.integration.mtp_layers import number_mtp_layers, with_numbered_mtp
+from megatron_llep.integration.observe import observe_model, observe_spec
 from megatron_llep.integration.replace_layers import replace_moe_layers
 from megatron_llep.integration.settings.notices import NOBODY_TO_LEND_TO, Notices
 from megatron_llep.integration.settings.table import find_built_in, replace_settings
@@ -44,7 +45,8 @@ def with_llep(
 
     Args:
         spec: of a layer, a block of layers (`TransformerBlockSubmodules`) or a hybrid stack.
-        config: LLEP's settings; `enabled=False` returns the specification as it is.
+        config: LLEP's settings; `enabled=False` returns the specification as it is. With
+            `planner="observe"` the layers stay Megatron's, and their routers are counted.
         pg_collection: the groups that the model will be built with. Default: Megatron's global
             ones.
 
@@ -53,6 +55,8 @@ def with_llep(
     """
     if not _all_agree(config, "with_llep"):
         return spec
+    if config.observes:
+        return observe_spec(spec, config, pg_collection)
     shared, notices = SharedLending(), Notices()
     replaced, groups, refusal = spec, [], None
     try:
@@ -92,7 +96,8 @@ def convert_model(
 
     Args:
         model: the model chunks of this rank's pipeline stage.
-        config: LLEP's settings; `enabled=False` changes nothing.
+        config: LLEP's settings; `enabled=False` changes nothing. With `planner="observe"` the
+            layers stay Megatron's, and their routers are counted.
         pg_collection: the model's process groups. Default: those that it was built with, else
             Megatron's global ones.
         progress: told by the layers where this rank is; a caller adds it to errors of training.
@@ -107,6 +112,9 @@ def convert_model(
     """
     chunks, notices = list(model), notices or Notices()
     if not _all_agree(config, "convert_model"):
+        return chunks
+    if config.observes:
+        observe_model(chunks, config, pg_collection)
         return chunks
     found: list[tuple[MoELayer, ProcessGroupCollection]] = []
     refusal, is_alone = None, False

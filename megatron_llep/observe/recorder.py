@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -25,6 +26,7 @@ from megatron_llep.lending.groups import gather_objects
 from megatron_llep.metrics import install_tracker
 from megatron_llep.observe.clock import StepClock
 from megatron_llep.observe.recording_info import make_info
+from megatron_llep.observe.seen import SeenLayer
 from megatron_llep.planner import Plan
 from megatron_llep.validation import refuse_on_all_ranks
 
@@ -43,13 +45,12 @@ class Recorder:
         self._group = 0
         self._has_failed = False
 
-    def open(self, info: "RecordingInfo", *, group: int, rank: int) -> None:
+    def open(self, info: "RecordingInfo", groups: ProcessGroupCollection) -> None:
         """Get ready for rows; each layer may call it, the first one opens.
 
         Args:
             info: of the run.
-            group: which of the model's groups that share tokens this rank belongs to, from 0.
-            rank: of the whole job; of those that write each has its own.
+            groups: of the layer, as they are without LLEP; of their ranks this one is to write.
 
         Raises:
             ValueError: the folder cannot be written to, or is of another run; or another model of
@@ -63,9 +64,20 @@ class Recorder:
                 "there; give each a folder of its own"
             )
         if self._writer is None and not self._has_failed:
-            self._writer = RecordingWriter(self._folder, info, f"rank{rank}")
+            self._writer = RecordingWriter(self._folder, info, f"rank{dist.get_rank()}")
             atexit.register(self.close)
-        self._info, self._group = info, group
+        joined = info.num_ranks > groups.ep.size()  # over replicas: all are one group
+        self._info, self._group = info, 0 if joined else groups.expt_dp.rank()
+
+    def listen(self) -> None:
+        """Add also what is observed beside plain expert parallelism, as it is reported."""
+        listeners = install_tracker().on_seen
+        if self.add_seen not in listeners:
+            listeners.append(self.add_seen)
+
+    def add_seen(self, seen: SeenLayer) -> None:
+        """As `add`; of many micro-batches observation drops some, so they are counted anew."""
+        self.add(seen.layer, seen.counts, seen.plan)
 
     def add(self, layer: int, counts: np.ndarray, plan: Plan | None) -> None:
         """Record one layer of one micro-batch. Never raises: see above.

@@ -27,14 +27,19 @@ TOLERANT = LLEPConfig(tolerance=0.01)
 
 
 class Loop:
-    """Megatron's loop as far as it tells where it is: its arguments, made by `train`'s data."""
+    """Megatron's loop as far as it tells where it is: its arguments, set by `train`'s data.
+
+    All ranks report after each step, as it does.
+    """
 
     def __init__(self, first: int = 0) -> None:
-        self.args = argparse.Namespace(curr_iteration=0)
+        self.args = argparse.Namespace(curr_iteration=first)
         self._first = first
 
     def make_tokens(self, run: Run, step: int, number: int) -> torch.Tensor:
-        self.args.curr_iteration = self._first + step
+        if self.args.curr_iteration != self._first + step:
+            read_metrics()
+            self.args.curr_iteration += 1
         return make_tokens(run, step, number)
 
     @contextlib.contextmanager
@@ -77,6 +82,7 @@ def record(run: Run, llep: LLEPConfig, loop: Loop | None = None, by_spec: bool =
             run,
             transform_model=prepare,
             transform_spec=partial(with_llep, config=llep) if by_spec else None,
+            observe=lambda chunks: read_metrics(),
         )
     assert llep.record is not None
     install_tracker().recorders[llep.record].close()
@@ -145,9 +151,20 @@ def test_what_routers_saw_and_what_was_planned(tmp_path):
     assert lent > 0
 
 
-@pytest.mark.parametrize("vpp", [None, 2])
-def test_stages_of_a_pipeline(tmp_path, vpp):
-    llep = replace(TOLERANT, record=str(tmp_path))
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("vpp", "planner"),
+    [
+        (2, "tolerant"),
+        (None, "observe"),
+        pytest.param(None, "tolerant", marks=SLOW),
+        pytest.param(2, "observe", marks=SLOW),
+    ],
+)
+def test_stages_of_a_pipeline(tmp_path, vpp, planner):
+    llep = replace(TOLERANT, planner=planner, record=str(tmp_path))
     run = Run(
         layout=Layout(ep=2, pp=2, vpp=vpp),
         micro_batches=8,
@@ -186,7 +203,7 @@ def test_replicas_that_share_tokens_are_ranks_of_one_group(tmp_path):
         np.testing.assert_array_equal(row.counts.reshape(4, 2, 8).sum(axis=1), counts)
 
 
-@pytest.mark.parametrize("by_spec", [False, True])
+@pytest.mark.parametrize("by_spec", [True, pytest.param(False, marks=SLOW)])
 def test_a_recomputed_forward_counts_once(tmp_path, by_spec):
     llep = replace(TOLERANT, record=str(tmp_path))
     full = {"recompute_granularity": "full", "recompute_method": "uniform"}
@@ -209,6 +226,43 @@ def test_a_resumed_run_goes_on(tmp_path):
             a_step = len(source[rank][row.layer]) // 3
             number = (row.step - first) * a_step + row.micro_batch
             np.testing.assert_array_equal(counts, source[rank][row.layer][number])
+
+
+OBSERVED = {
+    "groups": (Run(layout=Layout(ep=2, dp=4), micro_batches=8, config={"mtp_num_layers": 1}), 1),
+    "etp": (Run(layout=Layout(tp=2, ep=2, etp=2)), 2),
+    "alone": (Run(layout=Layout(dp=2)), 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "by_spec"),
+    [
+        ("groups", False),
+        ("etp", True),
+        pytest.param("groups", True, marks=SLOW),
+        pytest.param("etp", False, marks=SLOW),
+        pytest.param("alone", False, marks=SLOW),
+    ],
+)
+def test_what_is_observed_beside_plain_expert_parallelism(tmp_path, name, by_spec):
+    run, sources = OBSERVED[name]
+    if by_spec:  # of multi-token prediction Megatron makes the layers by itself
+        run = replace(run, config={})
+    seen = record_on_ranks(run, LLEPConfig(planner="observe", record=str(tmp_path)), first=3,
+                           by_spec=by_spec)  # fmt: skip
+    recording = Recording.open(tmp_path)
+    ranks = recording.info.num_ranks * sources
+    assert len(recording.groups) == run.layout.world_size // ranks
+    check_counts(
+        recording,
+        seen,
+        lambda layer, g: range(ranks * g, ranks * (g + 1)),
+        steps=range(3, 5),
+        sources=sources,
+    )
+    assert recording.info.planner == "observe"
+    assert all(row.plan.is_fallback for row in recording.read())
 
 
 def test_another_loop_counts_steps_by_its_reports(tmp_path):
