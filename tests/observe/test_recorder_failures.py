@@ -1,6 +1,8 @@
 """What cannot be recorded is refused at start-up by all ranks; later a training goes on without."""
 
 import contextlib
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_llep import LLEPConfig, convert_model, with_llep
+from megatron_llep import LLEPConfig, convert_model, read_metrics, with_llep
 from megatron_llep.integration.local_spec import build_local_block_spec
 from megatron_llep.layer import LLEPMoELayer
 from megatron_llep.metrics import install_tracker
+from megatron_llep.offline.cli.replay import Replay
 from megatron_llep.offline.recording import (
     RecordedLayer,
     Recording,
@@ -20,7 +23,7 @@ from megatron_llep.offline.recording import (
     RecordingWriter,
 )
 from support.layout import Layout, use_layout
-from support.ranks import run_ranks
+from support.ranks import RankError, run_ranks
 from support.training import Run, build_model, make_config, make_tokens, train
 
 RUN = Run(layout=Layout(ep=2, dp=4))
@@ -130,3 +133,33 @@ def test_training_goes_on_when_the_disk_is_full(tmp_path):
     rows = {group: int((recording.places[:, 3] == group).sum()) for group in (0, 1)}
     assert rows[1] == 4 * 2 * 2
     assert 0 < rows[0] < rows[1]
+
+
+@pytest.mark.slow
+def test_ranks_that_are_killed_leave_a_recording_behind(tmp_path):
+    """All of them, by SIGKILL, when a piece was due: its steps are whole."""
+    llep = LLEPConfig(record=str(tmp_path))
+    run = Run(layout=Layout(pp=2, ep=2), steps=10**6)
+
+    def work(rank, size):
+        def kill_in_time(run, step, number):
+            written = {path.stem.partition("-")[2] for path in tmp_path.glob("*.parquet")}
+            if written == {"rank0", "rank2"}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if number < 2:  # the first of each data-parallel rank
+                read_metrics()
+            return make_tokens(run, step, number)
+
+        train(
+            replace(run, tokens=kill_in_time),
+            transform_model=lambda chunks: convert_model(chunks, llep),
+        )
+
+    with pytest.raises(RankError, match="SIGKILL"):
+        run_ranks(work, 4, timeout=120)
+    recording = Recording.open(tmp_path)
+    batches = [len(batch) for batch in recording.read_batches()]
+    assert batches.count(2) > 10  # both layers, of two stages
+    assert sorted({len(batch) for batch in recording.read_batches()} - {2}) in ([], [1])
+    replay = Replay.of(recording)
+    assert replay.batches == batches.count(2)
