@@ -27,6 +27,7 @@ FLAGS = [
     "--moe-llep-grad-dtype",
     "--moe-llep-expert-gemm",
     "--moe-llep-scatter-from",
+    "--moe-llep-record",
 ]
 
 
@@ -58,7 +59,7 @@ def test_every_flag_is_read():
         *("--moe-llep-max-foreign-experts", "3", "--moe-llep-token-assignment", "rank_order"),
         *("--moe-llep-foreign-weights", "refetch", "--moe-llep-grad-dtype", "param"),
         *("--moe-llep-replicas", "expert-dp", "--moe-llep-expert-gemm", "grouped_mm"),
-        *("--moe-llep-scatter-from", "2"),
+        *("--moe-llep-scatter-from", "2", "--moe-llep-record", "here"),
     )
     assert given == LLEPConfig(
         planner="lla",
@@ -76,6 +77,7 @@ def test_every_flag_is_read():
         grad_dtype="param",
         expert_gemm="grouped_mm",
         scatter_from=2,
+        record="here",
     )
 
 
