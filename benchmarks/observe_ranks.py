@@ -115,8 +115,8 @@ class _Trainer:
             config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), self.model
         )
         self._optimizer = get_megatron_optimizer(
-            OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=1.0),
-            [self._wrapped],
+            config=OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=1.0),
+            model_chunks=[self._wrapped],
             use_gloo_process_groups=False,
         )
 

@@ -230,5 +230,5 @@ def test_one_expert_parallel_rank_is_counted_and_has_nobody_to_lend_to():
     first, second = run_ranks(work, 2)
     assert first == second
     assert first[PREFIX + "overload_factor_before"] == 1
-    assert first[PREFIX + "busiest_1_factor"] == pytest.approx(0.95 * 8 / 2, rel=0.05)
+    assert first[PREFIX + "busiest_1_factor"] == pytest.approx(8 / 2)  # every token has it
     assert not any("outlook" in name for name in first)
