@@ -34,13 +34,17 @@ class Job:
     """Of a block."""
 
 
+Span = tuple[float, float]
+"""Seconds that have passed, and seconds of the processor in this thread."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What one rank found."""
 
-    seconds: dict[str, list[float]]
-    """Of each step, by variant."""
-    own_seconds: list[float]
+    steps: dict[str, list[Span]]
+    """By variant."""
+    own: list[Span]
     """Of each observed step, in hooks, and in what reports do besides Megatron's."""
 
 
@@ -68,24 +72,34 @@ def train_in_turns(rank: int, store: Path, job: Job) -> Found:
 
 def _take_times(rank: int, job: Job) -> Found:
     trainer = _Trainer(rank)
-    seconds: dict[str, list[float]] = {PLAIN: [], OBSERVED: []}
-    own_seconds: list[float] = []
+    steps: dict[str, list[Span]] = {PLAIN: [], OBSERVED: []}
+    in_own: list[Span] = []
     for number in range(job.rounds + 1):
         for variant in ORDER:
             with trainer.as_variant(variant) as own:
                 for _ in range(job.steps if number else WARM_UP):
                     dist.barrier()
                     own.clear()
-                    start = time.perf_counter()
+                    start = _now()
                     trainer.step()
-                    taken = time.perf_counter() - start
+                    taken = _since(start)
                     if number:
-                        seconds[variant].append(taken)
+                        steps[variant].append(taken)
                         if variant == OBSERVED:
-                            own_seconds.append(sum(own))
+                            passed, worked = zip(*own, strict=True)
+                            in_own.append((sum(passed), sum(worked)))
         if rank == 0:
             print(f"round {number} of {job.rounds}", flush=True)
-    return Found(seconds=seconds, own_seconds=own_seconds)
+    return Found(steps=steps, own=in_own)
+
+
+def _now() -> Span:
+    return time.perf_counter(), time.thread_time()
+
+
+def _since(start: Span) -> Span:
+    passed, worked = _now()
+    return passed - start[0], worked - start[1]
 
 
 class _Trainer:
@@ -121,15 +135,15 @@ class _Trainer:
         )
 
     @contextmanager
-    def as_variant(self, variant: str) -> Iterator[list[float]]:
-        """Let the model be observed or not; seconds of own calls are added to a list."""
+    def as_variant(self, variant: str) -> Iterator[list[Span]]:
+        """Let the model be observed or not; own calls are added to a list."""
         from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
         from megatron_llep.integration.convert import convert_model
         from megatron_llep.metrics import tracker
         from megatron_llep.observe.watch import RouterHook
 
-        own: list[float] = []
+        own: list[Span] = []
         destroy_moe_metrics_tracker()
         for module in self.model.modules():
             module._forward_hooks.clear()
@@ -168,13 +182,13 @@ class _Trainer:
 
 
 @contextmanager
-def _timed(owner: Any, name: str, own: list[float]) -> Iterator[None]:
+def _timed(owner: Any, name: str, own: list[Span]) -> Iterator[None]:
     call = getattr(owner, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = _now()
         result = call(*args, **kwargs)
-        own.append(time.perf_counter() - start)
+        own.append(_since(start))
         return result
 
     with mock.patch.object(owner, name, run):
