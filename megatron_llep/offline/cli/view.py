@@ -1,6 +1,7 @@
 """`view`: a recording as one page that a browser opens without a network."""
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -66,8 +67,12 @@ def run(args: argparse.Namespace) -> int:
     if args.max_cells is not None and args.max_cells < 1:
         raise ValueError(f"--max-cells {args.max_cells} must be at least 1")
     cost = get_cost_model(args.machine)
+    shape = get_model(args.model).layer if args.model else None
     recording = Recording.open(args.folder)
     P, per_node = recording.info.num_ranks, args.ranks_per_node
+    if shape is not None:
+        sizes = {"num_experts": recording.info.num_experts, "top_k": recording.info.top_k}
+        shape = dataclasses.replace(shape, **sizes)
     if per_node is not None and (per_node < 1 or P % min(per_node, P)):
         raise ValueError(
             f"--ranks-per-node {per_node} does not divide the {P} ranks that share tokens: give "
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         cost=cost,
         topology=make_topology(per_node, P),
         methods=methods,
-        shape=get_model(args.model).layer if args.model else None,
+        shape=shape,
         shape_from=args.model or "the recording",
         max_cells=args.max_cells,
     )

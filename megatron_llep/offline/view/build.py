@@ -61,10 +61,11 @@ def build_view(recording: Recording, options: Options) -> dict[str, Any]:
     )
     times = None
     if cost is not None:
-        sample = choose_rows(recording, len(columns), SAMPLED_ROWS)
+        sample = choose_rows(recording, MOST_COLUMNS, SAMPLED_ROWS)
         lines = ("plain", *methods)
         bar = start_progress(len(sample.rows), "predicting")
-        times = predict_times(recording, sample, lines, options.topology, cost, bar)
+        if len(sample.rows):
+            times = predict_times(recording, sample, lines, options.topology, cost, bar)
     view: dict[str, Any] = {
         "title": f"Routing of {recording.folder.resolve().name}",
         "ranks": info.num_ranks,

@@ -74,7 +74,9 @@ def describe_facts(
             f"micro-batch that is worst under plain expert parallelism",
         ),
     ]
-    if shape is None:
+    if shape is not None and view["times"] is None:
+        facts.append(("Times", "not predicted: no micro-batch has all layers"))
+    elif shape is None:
         facts.append(
             (
                 "Times",

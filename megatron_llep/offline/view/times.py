@@ -38,13 +38,14 @@ def get_shape(info: RecordingInfo) -> LayerShape | None:
     given = {name: value for name, value in info.model.items() if name in known}
     if not given.keys() >= {"hidden", "ffn_hidden"}:
         return None
-    return LayerShape(**{"num_experts": info.num_experts, "top_k": info.top_k} | given)
+    return LayerShape(**given | {"num_experts": info.num_experts, "top_k": info.top_k})
 
 
 def choose_rows(recording: Recording, most_steps: int, most_rows: int) -> Sample:
     """Choose evenly: steps first, then micro-batches of these and groups.
 
-    At least one micro-batch is chosen, even if its layers are more than `most_rows`.
+    At least one micro-batch is chosen, even if its layers are more than `most_rows`. Those that
+    lack a layer are left out: of a run that was killed some ranks may have written less.
     """
     steps, L = recording.steps, len(recording.layers)
     T = max(1, min(len(steps), most_steps, most_rows // L))
@@ -54,13 +55,20 @@ def choose_rows(recording: Recording, most_steps: int, most_rows: int) -> Sample
     for number, step in enumerate(chosen.tolist()):
         first, last = np.searchsorted(recording.places[:, 0], [step, step + 1])
         of_step = recording.places[first:last][:, [1, 3]]
-        unique, which = np.unique(of_step, axis=0, return_inverse=True)
+        unique, which, sizes = np.unique(of_step, axis=0, return_inverse=True, return_counts=True)
+        whole = np.flatnonzero(sizes == L)
+        if not len(whole):
+            continue
         # Begin elsewhere in each step, so that not always the same micro-batch is asked.
-        picks = np.unique(np.linspace(0, len(unique), min(each, len(unique)), endpoint=False))
-        picks = (picks.astype(int) + number) % len(unique)
+        picks = np.linspace(0, len(whole), min(each, len(whole)), endpoint=False).astype(int)
+        picks = whole[(picks + number) % len(whole)]
         rows.append(first + np.flatnonzero(np.isin(which.ravel(), picks)))
         batches[step] = len(np.unique(unique[:, 0])) / len(picks)
-    return Sample(steps=chosen, rows=np.concatenate(rows), batches=batches)
+    return Sample(
+        steps=np.array(list(batches), int),
+        rows=np.concatenate(rows) if rows else np.zeros(0, int),
+        batches=batches,
+    )
 
 
 def predict_times(
