@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     recording = Recording.open(args.folder)
     P, per_node = recording.info.num_ranks, args.ranks_per_node
     if shape is not None:
-        sizes = {"num_experts": recording.info.num_experts, "top_k": recording.info.top_k}
-        shape = dataclasses.replace(shape, **sizes)
+        info = recording.info
+        shape = dataclasses.replace(shape, num_experts=info.num_experts, top_k=info.top_k)
     if per_node is not None and (per_node < 1 or P % min(per_node, P)):
         raise ValueError(
             f"--ranks-per-node {per_node} does not divide the {P} ranks that share tokens: give "

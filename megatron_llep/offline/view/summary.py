@@ -23,9 +23,10 @@ def write_summary(view: dict[str, Any]) -> str:
     worst = find_worst(view)
     layer = view["layers"][worst // len(view["columns"]["first"])]
     step, _, _, before, _, uses, loans = view["details"][worst]
+    ran = view["recorded"] is not None
     text = (
-        f"Worst is layer {layer} at step {step}: its busiest rank has "
-        f"{imbalance(np.array(before)):.2f} x the mean load under plain expert parallelism"
+        f"Worst is layer {layer} at step {step}: plain EP {'would load' if ran else 'loaded'} its "
+        f"busiest rank {imbalance(np.array(before)):.2f} x the mean"
     )
     if not view["methods"]:
         return f"{text}."
@@ -33,7 +34,7 @@ def write_summary(view: dict[str, Any]) -> str:
     lent = np.array(loans[uses[0]], np.int64).reshape(-1, 3)
     after = imbalance(move_loans(np.array(before), lent, view["experts"]))
     if method == RECORDED:
-        text += f", and had {after:.2f} x with {view['recorded']}, which ran."
+        text += f"; as it ran ({view['recorded']}) it was {after:.2f} x."
     else:
         text += f"; {method} would make it {after:.2f} x."
     if view["times"] is None:
@@ -54,13 +55,14 @@ def describe_facts(
     info, steps = recording.info, recording.steps
     batches = len(np.unique(recording.places[:, 1]))
     columns = view["columns"]
-    P = info.num_ranks
+    P, groups = info.num_ranks, len(recording.groups)
+    of_groups = "" if groups == 1 else f" ({groups} such groups)"
     nodes = options.topology.ranks_per_node or P
     facts = [
         (
             "Run",
-            f"{P} ranks share tokens ({len(recording.groups)} such groups), {info.num_experts} "
-            f"experts, {info.top_k} a token, {len(recording.layers)} MoE layers; planner "
+            f"{P} ranks share tokens{of_groups}, {info.num_experts} experts, "
+            f"{info.top_k} a token, {len(recording.layers)} MoE layers; planner "
             f"{info.planner}",
         ),
         (

@@ -8,7 +8,7 @@ const SCALES = {
 // Okabe and Ito's colours, which are told apart by every kind of colour vision, and dashes.
 const LINES = {
   plain: ["#d55e00", ""],
-  recorded: ["#8a6d00", "1 3"],
+  recorded: ["#b08400", "1 3"],
   tolerant: ["#0072b2", ""],
   exact: ["#56b4e9", "7 3"],
   lla: ["#009e73", "2 2"],
@@ -21,16 +21,15 @@ function scaleStops() {
   return SCALES[darkMode.matches ? "dark" : "light"];
 }
 
-/** The colour of a part 0 .. 1 of the scale. */
-function colourOf(part) {
-  const stops = scaleStops();
-  const at = Math.min(1, Math.max(0, part)) * (stops.length - 1);
-  const low = Math.min(Math.floor(at), stops.length - 2);
-  const mixed = [1, 3, 5].map((i) => {
-    const [a, b] = [stops[low], stops[low + 1]].map((stop) => parseInt(stop.slice(i, i + 2), 16));
-    return Math.round(a + (b - a) * (at - low));
+/** The scale in 256 steps, of which the first stands for 0 and the last for 1. */
+function makeColours() {
+  const stops = scaleStops().map((stop) => [1, 3, 5].map((i) => parseInt(stop.slice(i, i + 2), 16)));
+  return Array.from({ length: 256 }, (_, step) => {
+    const at = (step / 255) * (stops.length - 1);
+    const low = Math.min(Math.floor(at), stops.length - 2);
+    const mixed = stops[low].map((part, i) => part + (stops[low + 1][i] - part) * (at - low));
+    return `rgb(${mixed.map(Math.round)})`;
   });
-  return `rgb(${mixed})`;
 }
 
 /** A legend: the scale with what its ends mean. */

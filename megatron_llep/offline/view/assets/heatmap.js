@@ -25,11 +25,13 @@ function drawHeatMap(canvas, map) {
   };
   const x = (column) => place.left + column * place.cellWidth;
   const y = (row) => place.top + row * place.cellHeight;
+  const colours = makeColours();
   for (let row = 0; row < R; row++) {
     for (let column = 0; column < C; column++) {
       const value = map.values[row * C + column];
       if (value === null) continue;
-      pen.fillStyle = colourOf((value - map.low) / (map.high - map.low || 1));
+      const part = (value - map.low) / (map.high - map.low || 1);
+      pen.fillStyle = colours[Math.round(255 * Math.min(1, Math.max(0, part)))];
       // A little more than the cell, so that no paper shines through between two.
       pen.fillRect(x(column), y(row), place.cellWidth + 0.5, place.cellHeight + 0.5);
     }

@@ -195,25 +195,25 @@ class Page {
     const high = Math.max(...values, 1);
     this.driftPlace = drawHeatMap(find("drift"), {
       rows: experts[layer], columns: columns.first, values, low: 0, high,
-      height: Math.round(148 * stretch()),
+      height: Math.round(140 * stretch()),
       rowTitle: "expert", columnTitle: "step", marked: { row: null, column: at },
     });
     showScale(find("drift-legend"), "0", high.toFixed(1), "x an average expert's load");
     find("drift-note").textContent =
-      `Layer ${view.layers[layer]}, ${this.nameHottest(values, experts[layer], columns)}`;
+      `Layer ${view.layers[layer]}: ${this.nameHottest(values, experts[layer], columns, at)}`;
     const moved = change[layer].map((thousandths) => thousandths / 10);
     find("change").replaceChildren();
     find("change").style.height = "0";
     if (D < 2) return;
     drawLines(find("change"), {
-      steps: moved.map((_, index) => index + 1), height: 50, title: "%", axis: false,
+      steps: moved.map((_, index) => index + 1), height: 46, title: "%", axis: false,
       lines: [{ values: moved, colour: LINES.tolerant[0], dash: "", name: "change" }],
       range: [0, D - 1], marked: at, low: 0, high: Math.max(...moved, 1),
     });
   }
 
-  /** Which expert was the hottest when. */
-  nameHottest(values, experts, columns) {
+  /** Which expert is the hottest in column `at`, and which one was for longest. */
+  nameHottest(values, experts, columns, at) {
     const D = columns.first.length;
     const spells = []; // [{expert, from, to, columns}], one after another
     for (let column = 0; column < D; column++) {
@@ -230,11 +230,12 @@ class Page {
       const [from, to] = [columns.first[column], columns.last[column]];
       spells.push({ expert: experts[hottest], from, to, columns: 1 });
     }
-    const longest = [...spells].sort((a, b) => b.columns - a.columns).slice(0, 3);
-    const named = spells.filter((spell) => longest.includes(spell)).map(({ expert, from, to }) =>
-      `expert ${expert} (${from}–${to})`);
-    const more = spells.length - named.length;
-    return `hottest in steps: ${named.join(", ")}${more > 0 ? `, and ${more} shorter spells` : ""}.`;
+    const here = spells.find(({ to }) => to >= columns.last[at]);
+    const longest = spells.reduce((a, b) => (b.columns > a.columns ? b : a));
+    const name = ({ from, to }) => (from === to ? `step ${from}` : `steps ${from}–${to}`);
+    if (spells.length === 1) return `expert ${here.expert} is the hottest throughout.`;
+    return `expert ${here.expert} is the hottest here (${name(here)}); the longest of ` +
+      `${spells.length} spells is expert ${longest.expert}'s (${name(longest)}).`;
   }
 }
 
