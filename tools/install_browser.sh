@@ -6,7 +6,7 @@
 # Says what it did in one line. Without a browser these tests are skipped, so it never fails.
 set -uo pipefail
 for name in chromium chromium-browser google-chrome google-chrome-stable; do
-    if command -v "$name" > /dev/null; then
+    if "$name" --version > /dev/null 2>&1; then
         echo "browser: $name is there"
         exit 0
     fi
@@ -17,7 +17,7 @@ if [ "$(id -u)" -ne 0 ] || ! command -v apt-get > /dev/null; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 if { apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core; } \
-    > /dev/null 2>&1 && command -v chromium > /dev/null; then
+    > /dev/null 2>&1 && chromium --version > /dev/null 2>&1; then
     echo "browser: chromium was installed"
 else
     echo "browser: chromium could not be installed: tests that need it are skipped"

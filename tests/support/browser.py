@@ -8,6 +8,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -21,8 +22,13 @@ PATIENCE = 60.0
 
 
 def find_browser() -> str | None:
-    """The program, or None where there is none."""
-    return next(filter(None, map(shutil.which, NAMES)), None)
+    """The program, or None where there is none that starts."""
+    for program in filter(None, map(shutil.which, NAMES)):
+        # Some distributions have a script of that name which only says what to install.
+        done = subprocess.run([program, "--version"], capture_output=True, timeout=PATIENCE)
+        if done.returncode == 0:
+            return program
+    return None
 
 
 class Browser:
@@ -123,6 +129,7 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._read], [], [], PATIENCE)[0], "the browser does not answer"
             data = os.read(self._read, 1 << 16)
             assert data, f"the browser ended with {self._process.wait()}"
             self._rest += data

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="most cells (layer x column of steps), of which each keeps a micro-batch; default: "
-        "10000, fewer for more than 8 ranks",
+        "10000, fewer for more than 8 ranks, and in any case 120 columns at most",
     )
 
 

@@ -241,6 +241,7 @@ def test_a_run_that_observed_shows_what_planners_would_do(browser, pages):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_hundred_thousand_layer_steps_stay_quick(browser, tmp_path):
     from benchmarks.view_time import write_recording
 

@@ -1,7 +1,5 @@
 // One micro-batch of one layer: ranks before and after, experts, loans.
 
-const SHOWN_LINES = 7;
-
 /** Bars of each rank, before and after, and the mean. */
 function drawRanks(svg, detail, names) {
   const [left, right, top, bottom] = [62, 6, 18, 30];
@@ -74,18 +72,19 @@ function fillTable(table, rows) {
   });
 }
 
-/** Both tables. */
+/** Both tables, of as many lines as there is room for. */
 function showTables(detail) {
-  const experts = detail.experts.slice(0, SHOWN_LINES).map(({ expert, home, pairs, lent }) => [
+  const lines = Math.round(7 * stretch());
+  const experts = detail.experts.slice(0, lines).map(({ expert, home, pairs, lent }) => [
     `expert ${expert}`, `rank ${home}`, pairs,
     lent.length ? lent.reduce((sum, loan) => sum + loan.pairs, 0) : "–",
   ]);
   fillTable(document.getElementById("experts"), [["", "home", "pairs", "lent"], ...experts]);
   const loans = [...detail.loans].sort((a, b) => b.pairs - a.pairs);
-  const rows = loans.slice(0, SHOWN_LINES).map(({ expert, home, borrower, pairs }) => [
+  const rows = loans.slice(0, lines).map(({ expert, home, borrower, pairs }) => [
     `expert ${expert}`, `${home} → ${borrower}`, pairs,
   ]);
-  const more = loans.slice(SHOWN_LINES);
+  const more = loans.slice(lines);
   if (more.length) {
     rows.push([`${more.length} more`, "", more.reduce((sum, loan) => sum + loan.pairs, 0)]);
   }
