@@ -10,6 +10,7 @@ COMMANDS = {
     "plan": "show one plan: which rank computes what, who lends to whom",
     "simulate": "predict time, memory and traffic of a model under plain EP and each planner",
     "calibrate": "measure this machine, for planner auto and for simulate",
+    "view": "show a recording of a run's routing on one page: imbalance, loans, times, drift",
     "doctor": "say what is installed, what is supported, and how to mend what is broken",
 }
 
