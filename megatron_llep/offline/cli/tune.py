@@ -105,20 +105,12 @@ def run(args: argparse.Namespace) -> int:
         ranks_per_node=topology.ranks_per_node,
         max_foreign=args.max_foreign,
     )
-    others, moe_layers = predict_others(sample, model, cost_model)
+    others = predict_others(sample, model, cost_model)
     lines = _describe(args, sample, len(grid), cost_model.machine, others is not None)
     print("\n".join(lines), end="\n\n", flush=True)
-    replayer = Replayer(sample.counts, cost, topology)
+    replayer = Replayer(sample.counts, cost, topology, base.token_assignment)
     scored = search(replayer, grid, start_progress(len(grid), "replaying"))
-    choice = choose(
-        scored,
-        replayer,
-        sample,
-        cost,
-        others=others,
-        moe_layers=moe_layers,
-        margin=args.margin,
-    )
+    choice = choose(scored, replayer, sample, cost, others=others, margin=args.margin)
     from megatron_llep.offline.tune.report import format_choice, write_flags
 
     print(format_choice(choice))

@@ -91,7 +91,6 @@ def choose(
     cost: LayerCost,
     *,
     others: np.ndarray | None = None,
-    moe_layers: int | None = None,
     margin: float = MARGIN,
 ) -> Choice:
     """Choose by the time of all micro-batches together.
@@ -102,7 +101,6 @@ def choose(
         sample: what was replayed.
         cost: machine and layer.
         others: seconds [B] of the rest of the model in each micro-batch; None: it is left out.
-        moe_layers: of a rank's part of the model; default: as many as were recorded.
         margin: the part of a step that a gain must exceed.
     """
     others = np.zeros(sample.num_batches) if others is None else others
@@ -117,7 +115,7 @@ def choose(
             gains=plain / took,
             lent=float(replay.lent.mean()),
             foreign=int(replay.foreign.max()),
-            foreign_bytes=_count_bytes(replay.foreign, sample, cost, moe_layers),
+            foreign_bytes=_count_bytes(replay.foreign, sample, cost),
         )
 
     first = scored[0]
@@ -179,16 +177,12 @@ def find_reasons(
     return reasons
 
 
-def _count_bytes(
-    foreign: np.ndarray, sample: Sample, cost: LayerCost, moe_layers: int | None
-) -> int:
-    """Kept weights of all layers of a micro-batch, fetched again of one; gradients of one."""
+def _count_bytes(foreign: np.ndarray, sample: Sample, cost: LayerCost) -> int:
+    """Weights of all layers of a micro-batch, fetched again of one layer; gradients of one."""
     shape, most = cost.shape, int(foreign.max())
     slots = float(most)
     if not shape.refetch:
-        layers = sample.sum_by_batch(np.ones(len(foreign)))
-        slots = float((sample.sum_by_batch(foreign) / layers).max())
-        slots *= moe_layers or sample.layers_per_batch
+        slots = float(sample.sum_by_batch(foreign).max())
     return round(slots * shape.expert_bytes + most * shape.gradient_bytes)
 
 

@@ -43,19 +43,18 @@ def find_shape(sample: Sample, base: LLEPConfig, model: ModelShape | None) -> La
     return LayerShape(**{"scatter_from": base.scatter_from, **shape})
 
 
-def predict_others(sample: Sample, model: ModelShape | None, machine: CostModel) -> tuple:
-    """Seconds [B] of the rest of the model in each micro-batch, and its MoE layers.
+def predict_others(
+    sample: Sample, model: ModelShape | None, machine: CostModel
+) -> np.ndarray | None:
+    """Seconds [B] of the rest of the model in each micro-batch; None: nobody says what it is.
 
-    Of a run that recorded a part of the layers, such as one stage's, as large a part of the rest.
-
-    Returns:
-        Both None where nobody says what the rest is.
+    Where a part of the layers was recorded, such as one stage's, as large a part of the rest.
     """
-    flops, layers = sample.model.get("other_flops_per_token"), sample.model.get("moe_layers")
-    if model is not None:
+    flops, layers = sample.model.get("other_flops_per_token"), sample.moe_layers
+    if flops is None:
+        if model is None:
+            return None
         flops, layers = model.other_flops_per_token, model.moe_layers
-    if not flops or not layers:
-        return None, None
     share = sample.sum_by_batch(np.ones(len(sample.counts))) / layers
     forward = sample.tokens_by_batch() * share * flops / machine.flops_per_second
-    return forward * (1 + machine.backward_factor), layers
+    return forward * (1 + machine.backward_factor)

@@ -62,15 +62,22 @@ def drop_threshold(setting: LLEPConfig) -> LLEPConfig:
 class Replayer:
     """Predicts layers under settings, and remembers what plain expert parallelism takes."""
 
-    def __init__(self, counts: Sequence[np.ndarray], cost: LayerCost, topology: Topology):
+    def __init__(
+        self,
+        counts: Sequence[np.ndarray],
+        cost: LayerCost,
+        topology: Topology,
+        order: str = "local_first",
+    ):
         """Predict plain expert parallelism.
 
         Args:
             counts: N of integers [P, E].
             cost: machine and layer.
             topology: which ranks really share a node, whatever a setting says.
+            order: which tokens of a lent expert go where (`--moe-llep-token-assignment`).
         """
-        self._counts, self._cost, self._topology = counts, cost, topology
+        self._counts, self._cost, self._topology, self._order = counts, cost, topology, order
         self._known: list[dict[int, float]] = [{} for _ in counts]
         plans = [make_plan(each, planner="exact", max_foreign=0) for each in counts]
         self.imbalance = np.array([plan.imbalance_before for plan in plans])
@@ -117,5 +124,9 @@ class Replayer:
         """Seconds of a layer; settings often make the same plan."""
         known, key = self._known[row], plan.digest
         if key not in known:
-            known[key] = self._cost.predict(plan, self._counts[row], self._topology).total
+            shape, counts = self._cost.shape, self._counts[row]
+            time = self._cost.model.predict_layer(
+                plan, counts, shape, self._topology, order=self._order
+            )
+            known[key] = time.total
         return known[key]

@@ -28,10 +28,12 @@ class Sample:
     batches_of_run: int
     """How many the run has."""
     top_k: int
+    moe_layers: int
+    """MoE layers of the run, whichever ranks computed them."""
     settings: dict[str, Any] = field(default_factory=dict)
     """LLEP's, in the run; empty if nobody knows."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Of the layer (`LayerShape`), as far as the run knew it."""
+    """Of the layer (`LayerShape`) and `other_flops_per_token`, as far as the run knew them."""
 
     @property
     def num_ranks(self) -> int:
@@ -72,7 +74,7 @@ def read_sample(
         folder: of either.
         most: micro-batches, 1 or more.
         num_ranks: P, which a trace does not say; of a recording it must be P or None.
-        num_experts: E, likewise.
+        num_experts: E, for a trace.
 
     Raises:
         ValueError: neither is there, it is damaged, or the sizes are missing or do not fit.
@@ -80,7 +82,7 @@ def read_sample(
     if most < 1:
         raise ValueError(f"--steps {most}: give a number of micro-batches, 1 or more")
     if is_recording(folder):
-        return _sample_recording(folder, most, num_ranks, num_experts)
+        return _sample_recording(folder, most, num_ranks)
     if not any(folder.glob("router_trace_rank*.jsonl")):
         raise ValueError(
             f"{folder} has no routing: give the folder of a run with --moe-llep-record, or with "
@@ -99,21 +101,18 @@ def read_sample(
         batch=batch,
         batches_of_run=total,
         top_k=traced[0].top_k,
+        moe_layers=len({each.layer for each in traced}),
     )
 
 
-def _sample_recording(
-    folder: Path, most: int, num_ranks: int | None, num_experts: int | None
-) -> Sample:
+def _sample_recording(folder: Path, most: int, num_ranks: int | None) -> Sample:
     recording = Recording.open(folder)
     info = recording.info
-    for flag, given, there in (
-        ("--ep", num_ranks, info.num_ranks),
-        ("--model", num_experts, info.num_experts),
-    ):
-        if given not in (None, there):
-            what = "ranks" if flag == "--ep" else "experts"
-            raise ValueError(f"{flag}: {given} {what}, but {folder} is of {there}; leave it out")
+    if num_ranks not in (None, info.num_ranks):
+        raise ValueError(
+            f"--ep {num_ranks}: {folder} is of {info.num_ranks} ranks that share tokens; leave it "
+            "out"
+        )
     rows, batch, total = choose_rows(recording.places[:, [0, 1, 3]], most)
     # They are read in the order in which they were written.
     found = {
@@ -125,6 +124,7 @@ def _sample_recording(
         batch=batch,
         batches_of_run=total,
         top_k=info.top_k,
+        moe_layers=len(recording.layers),
         settings=info.settings,
         model=info.model,
     )

@@ -15,7 +15,14 @@ THRESHOLDS = (None, 1.2, 1.5, 2.0, 3.0)
 MAX_FOREIGN = (1, 2, 4, 8)
 """And as many as are allowed."""
 
-KEPT = ("foreign_weights", "grad_dtype", "dispatcher", "expert_gemm", "scatter_from")
+KEPT = (
+    "token_assignment",
+    "dispatcher",
+    "foreign_weights",
+    "grad_dtype",
+    "expert_gemm",
+    "scatter_from",
+)
 """What a run's settings are taken over from: they say how experts travel and are computed."""
 TUNED = (
     "planner",

@@ -15,7 +15,9 @@ from megatron_llep.offline.check.parse import FlagReader
 from megatron_llep.offline.cli import main
 from megatron_llep.offline.launch.flags import format_flags, load_config
 from megatron_llep.offline.simulator.models import get_model
-from megatron_llep.offline.tune.settings import list_flags, make_grid
+from megatron_llep.offline.tune import read_sample
+from megatron_llep.offline.tune.model import find_shape, predict_others
+from megatron_llep.offline.tune.settings import keep_settings, list_flags, make_grid
 from megatron_llep.planner import make_plan
 from megatron_llep.planner.cost.model import LayerCost
 from megatron_llep.planner.topology import ONE_NODE
@@ -193,3 +195,20 @@ def test_the_file_starts_a_training(tmp_path, capsys):
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "iteration        3/       3" in done.stdout
     assert "moe/llep" in done.stdout or "llep" in done.stdout
+
+
+def test_what_the_run_says_of_itself_goes_before_the_file(tmp_path):
+    shape = {"hidden": 64, "ffn_hidden": 32, "bytes_per_element": 4, "refetch": True}
+    model = shape | {"other_flops_per_token": 1e6}
+    settings = {"planner": "lla", "token_assignment": "rank_order", "record": "somewhere"}
+    record(tmp_path, ["zipf"], experts=8, model=model, settings=settings, layers=2, steps=2)
+    sample = read_sample(tmp_path, 1)
+    base = keep_settings(sample.settings)
+    assert base == LLEPConfig(token_assignment="rank_order")
+    tiny = get_model(str(TINY))
+    found = find_shape(sample, base, tiny)
+    assert {name: getattr(found, name) for name in shape} == shape
+    assert (found.num_experts, found.top_k) == (8, 2)
+    # Both of its layers in a micro-batch: the whole rest.
+    (others,) = predict_others(sample, tiny, H200)
+    assert others == pytest.approx(8192 * 1e6 * 3 / H200.flops_per_second)

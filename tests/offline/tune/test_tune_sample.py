@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--moe-llep-record"):
         read_sample(tmp_path, 2)
     record(tmp_path / "run", ["balanced"], steps=1)
-    with pytest.raises(ValueError, match="--ep: 8"):
+    with pytest.raises(ValueError, match="--ep 8"):
         read_sample(tmp_path / "run", 2, num_ranks=8)
     with pytest.raises(ValueError, match="--steps 0"):
         read_sample(tmp_path / "run", 0)

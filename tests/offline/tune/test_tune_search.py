@@ -30,7 +30,13 @@ def make_run(workloads, *, batches=4, tokens=8192):
         for layer, workload in enumerate(workloads):
             counts.append(route(workload, layer=layer, step=number, tokens=tokens))
             batch.append(number)
-    return Sample(counts=counts, batch=np.array(batch), batches_of_run=batches, top_k=K)
+    return Sample(
+        counts=counts,
+        batch=np.array(batch),
+        batches_of_run=batches,
+        top_k=K,
+        moe_layers=len(workloads),
+    )
 
 
 def tune(sample, grid=None, topology=ONE_NODE, cost=COST, **options):
@@ -166,3 +172,17 @@ def test_some_slower_micro_batches_are_told():
     assert not choice.switch_on
     assert len(choice.reasons) == 3
     assert choice.best.gains.max() < 1
+
+
+def test_memory_of_foreign_experts():
+    sample = make_run(["hot-80-4", "balanced"], batches=2)
+    grid = [s for s in make_settings() if s.planner == "exact" and s.imbalance_threshold is None]
+    for refetch in (False, True):
+        cost = LayerCost(model=H200, shape=replace(SHAPE, refetch=refetch))
+        best = tune(sample, grid[:1], cost=cost)[0].best
+        assert best.foreign == 1
+        # The balanced layer borrows nothing: kept or fetched again, weights of one layer.
+        assert best.foreign_bytes == SHAPE.expert_bytes + SHAPE.gradient_bytes
+    sample = make_run(["hot-80-4", "hot-80-4"], batches=2)
+    kept = tune(sample, grid[:1])[0].best
+    assert kept.foreign_bytes == 2 * SHAPE.expert_bytes + SHAPE.gradient_bytes
