@@ -1,5 +1,6 @@
 """`python -m megatron_llep tune`: from a recording to a verdict, and to flags that start."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -190,11 +191,12 @@ def test_the_file_starts_a_training(tmp_path, capsys):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,  # half a minute where nothing else runs
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "iteration        3/       3" in done.stdout
-    assert "moe/llep" in done.stdout or "llep" in done.stdout
+    planner = yaml.safe_load(path.read_text())["LLEP_ARGS"]["--moe-llep-planner"]
+    assert re.search(rf"moe_llep_planner \.+ {planner}$", done.stdout, re.MULTILINE)
 
 
 def test_what_the_run_says_of_itself_goes_before_the_file(tmp_path):
