@@ -30,10 +30,10 @@ RUNS = {
         layout=Layout(ep=2), routing=HOT, config={"moe_token_dispatcher_type": "allgather"}
     ),
 }
+PIPELINE = {"pp2": Run(layout=Layout(pp=2, ep=2), routing=HOT)}
 SLOW_RUNS = {
-    "tp2-ep2": Run(layout=Layout(tp=2, ep=2, etp=1), routing=HOT),
+    "tp2-ep2": Run(layout=Layout(tp=2, ep=2, etp=1, dp=2), routing=HOT),
     "etp2": Run(layout=Layout(tp=2, ep=2, etp=2), routing=HOT),
-    "pp2": Run(layout=Layout(pp=2, ep=2), routing=HOT),
     "vpp2": Run(layout=Layout(pp=2, vpp=2, ep=2), routing=HOT, config={"num_layers": 4}),
     "recompute": Run(
         layout=Layout(ep=2, dp=4),
@@ -51,6 +51,7 @@ SLOW_RUNS = {
         layout=Layout(ep=2, dp=4),
         routing=HOT,
         ddp={"overlap_grad_reduce": True, "use_distributed_optimizer": True},
+        optimizer={"optimizer": "adam", "lr": 1e-3},
     ),
 }
 
@@ -139,8 +140,9 @@ def compare_all(runs: dict[str, Run]) -> None:
     run_ranks(work, size, timeout=240)
 
 
-def test_bit_for_bit():
-    compare_all(RUNS)
+@pytest.mark.parametrize("runs", [RUNS, PIPELINE], ids=["two ranks", "two stages"])
+def test_bit_for_bit(runs):
+    compare_all(runs)
 
 
 @pytest.mark.slow
@@ -208,3 +210,25 @@ def test_evaluation_is_not_counted_and_forwards_are_not_counted_twice():
         )
 
     run_ranks(work, 2)
+
+
+def test_one_expert_parallel_rank_is_counted_and_has_nobody_to_lend_to():
+    run = Run(layout=Layout(dp=2), routing=HOT, steps=1)
+
+    def work(rank: int, size: int) -> dict[str, float]:
+        with use_layout(run.layout):
+            plain = train(run)
+            destroy_moe_metrics_tracker()
+            observed = train(
+                run,
+                transform_model=lambda chunks: convert_model(chunks, OBSERVE),
+                observe=lambda _: read_metrics(),
+            )
+        assert_equal(observed, plain)
+        return observed.observed
+
+    first, second = run_ranks(work, 2)
+    assert first == second
+    assert first[PREFIX + "overload_factor_before"] == 1
+    assert first[PREFIX + "busiest_1_factor"] == pytest.approx(8 / 2)  # every token has it
+    assert not any("outlook" in name for name in first)
