@@ -25,6 +25,12 @@ class StepClock:
         self._step: int | None = None
         self._forwards: dict[int, int] = {}
 
+    def restart(self) -> None:
+        """Begin anew: another model is trained, or the same one again."""
+        self._counted += self._step is not None
+        self._last_report = self._times_reported()
+        self._step = None
+
     def tick(self, layer: int) -> tuple[int, int]:
         """Step and micro-batch of a layer's next forward, each from 0."""
         reports = self._times_reported()

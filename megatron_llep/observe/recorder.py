@@ -14,7 +14,7 @@ import atexit
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
@@ -44,6 +44,10 @@ class Recorder:
         self._info: RecordingInfo | None = None
         self._group = 0
         self._has_failed = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recorder":
+        """Itself: a copied layer is recorded in the same folder, and a thread has no copy."""
+        return self
 
     def open(self, info: "RecordingInfo", groups: ProcessGroupCollection) -> None:
         """Get ready for rows; each layer may call it, the first one opens.
@@ -165,6 +169,8 @@ def prepare_recorder(
     if recorder is None:
         clock = StepClock(lambda: tracker.times_reported, first_step)
         recorder = tracker.recorders[llep.record] = Recorder(llep.record, clock)
+    else:
+        recorder.clock.restart()
     return recorder
 
 
