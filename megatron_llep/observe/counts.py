@@ -76,15 +76,18 @@ class CountLog:
     """Counts of all layers on this rank since the last gathering."""
 
     def __init__(self) -> None:
-        self._kept: dict[Sharers, dict[int, KeptCounts]] = {}
+        # By the name of their group and by E: chunks of a model may each have their own sharers.
+        self._kept: dict[tuple[str, int], tuple[Sharers, dict[int, KeptCounts]]] = {}
 
     def add(self, sharers: Sharers, layer: int, counts: torch.Tensor) -> None:
         """Keep a micro-batch's counts, int32 [E], of a layer; nothing is waited for."""
-        self._kept.setdefault(sharers, {}).setdefault(layer, KeptCounts()).add(counts)
+        key = (sharers.group.group_name, len(counts))
+        _, layers = self._kept.setdefault(key, (sharers, {}))
+        layers.setdefault(layer, KeptCounts()).add(counts)
 
     def forget(self) -> None:
         """Let Megatron's report leave out what is here."""
-        for layers in self._kept.values():
+        for _, layers in self._kept.values():
             for kept in layers.values():
                 kept.forget()
 
@@ -94,7 +97,7 @@ class CountLog:
         All sharers call it, after as many forwards each.
         """
         everything, self._kept = self._kept, {}
-        for sharers, layers in everything.items():
+        for sharers, layers in everything.values():
             mine = torch.stack([each for n in sorted(layers) for each in layers[n].counts])
             num_sources = dist.get_world_size(sharers.group)
             rows = mine.new_empty(num_sources * mine.numel())

@@ -237,11 +237,12 @@ def test_a_report_takes_few_collectives():
 
                 patch.setattr(dist, name, count)
             destroy_moe_metrics_tracker()
-            sharers = make_sharers(llep, layout)
-            install_tracker()
+            chunks = [make_sharers(llep, layout) for _ in range(2)]  # each from a specification
             for _ in range(2):
                 calls.clear()
-                observe(sharers, range(2 * (rank // 2), 2 * (rank // 2) + 2), rank)
+                for number, sharers in enumerate(chunks):
+                    layer = 2 * number + rank // 2
+                    observe(sharers, range(layer, layer + 1), rank)
                 read_metrics()
         assert calls == ["all_gather_into_tensor", *["all_reduce"] * 4]
 
