@@ -191,6 +191,7 @@ class LLEPConfig:
             self.scatter_from,
             "give a number of borrowers, 2 or more, or 0 to send experts whole",
         )
+        _require(self.record != "", "--moe-llep-record", self.record, "give a folder")
 
     @property
     def observes(self) -> bool:

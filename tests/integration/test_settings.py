@@ -105,6 +105,7 @@ def test_every_flag_is_read():
         ("max_foreign_experts", -1),
         ("scatter_from", -1),
         ("scatter_from", 1),
+        ("record", ""),
     ],
 )
 def test_bad_values_name_flag_value_and_remedy(field, value):
@@ -113,3 +114,8 @@ def test_bad_values_name_flag_value_and_remedy(field, value):
     assert str(error.value).startswith(f"{flag_of(field)} {value}: ")
     with pytest.raises(ValueError, match=flag_of(field)):
         parse(f"{flag_of(field)}={value}")
+
+
+def test_nothing_is_recorded_without_llep():
+    with pytest.raises(ValueError, match=r"--moe-llep-record here: .*observe"):
+        parse("--moe-llep-record", "here")
