@@ -22,7 +22,7 @@ OBSERVE = "observe"
 MOST_COLUMNS = 120
 DRIFT_COLUMNS = 60
 SAMPLED_ROWS = 2400
-CELLS, RANKS_OF_CELLS, FEWEST_CELLS = 10_000, 80_000, 3000
+CELLS, RANKS_OF_CELLS, FEWEST_CELLS = 10_000, 80_000, 2000
 """At most so many cells, times ranks; but with many ranks at least so many cells."""
 
 

@@ -43,7 +43,7 @@ function drawLines(svg, chart) {
   const x = (step) => left + ((step - first + 0.5) / (last - first + 1)) * (width - left - right);
   const span = chart.high - chart.low || 1;
   const y = (v) => chart.height - bottom - ((v - chart.low) / span) * (chart.height - top - bottom);
-  for (const tick of makeTicks(chart.low, chart.high, Math.max(1.5, chart.height / 40))) {
+  for (const tick of makeTicks(chart.low, chart.high, Math.max(2, chart.height / 40))) {
     svg.append(
       makeSvg("line", { class: "rule", x1: left, x2: width - right, y1: y(tick), y2: y(tick) }),
       makeSvg("text", { x: left - 5, y: y(tick) + 4, "text-anchor": "end" }, shorten(tick)),

@@ -234,8 +234,10 @@ class Page {
     const longest = spells.reduce((a, b) => (b.columns > a.columns ? b : a));
     const name = ({ from, to }) => (from === to ? `step ${from}` : `steps ${from}–${to}`);
     if (spells.length === 1) return `expert ${here.expert} is the hottest throughout.`;
-    return `expert ${here.expert} is the hottest here (${name(here)}); the longest of ` +
-      `${spells.length} spells is expert ${longest.expert}'s (${name(longest)}).`;
+    const other = longest === here
+      ? `, the longest of ${spells.length} spells`
+      : `; for longest it is ${longest.expert} (${name(longest)})`;
+    return `expert ${here.expert} is the hottest here (${name(here)})${other}.`;
   }
 }
 
