@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if torch.cuda.is_available():
         raise ValueError("tune_error pins ranks to cores: hide the GPUs, CUDA_VISIBLE_DEVICES=''")
     start = time.perf_counter()
-    machine = describe_machine()
+    machine, load = describe_machine(), os.getloadavg()[0]
     layer = {"hidden": args.hidden, "ffn_hidden": args.ffn_hidden, "num_experts": args.experts}
     layer["num_ranks"] = LAYER["num_ranks"]
     workloads = [get_workload(name).name for name in args.workloads]
@@ -100,13 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "benchmarks/tune_error.py", *sys.argv[1:]])
     results = {
         "command": command,
+        "load_before": load,
         "seconds": round(time.perf_counter() - start),
         "layer": layer,
         "rounds": args.rounds,
         "cost_model": dataclasses.asdict(model),
         "rows": [dataclasses.asdict(row) | {"error": row.error} for row in rows],
     }
-    page = format_page(rows, machine=machine, command=command, layer=layer, rounds=args.rounds)
+    page = format_page(
+        rows, machine=machine, load=load, command=command, layer=layer, rounds=args.rounds
+    )
     write_results(args.output / "tune_error.json", results, machine=machine)
     (args.output / "tune_error.md").write_text(page)
     print(page)
@@ -210,13 +213,20 @@ def _worst(found: Sequence[Found], key: tuple[str, str]) -> np.ndarray:
 
 
 def format_page(
-    rows: Sequence[Row], *, machine: str, command: str, layer: dict[str, int], rounds: int
+    rows: Sequence[Row],
+    *,
+    machine: str,
+    load: float,
+    command: str,
+    layer: dict[str, int],
+    rounds: int,
 ) -> str:
     """The page: what was measured how, the errors, a table."""
     lines = [
         "# Predicted against measured",
         "",
-        f"By `{command}`. Machine: {machine}.",
+        f"By `{command}`. Machine: {machine}; {load:.1f} other processes ran on it in the minute "
+        "before.",
         "",
         f"How measured: one MoE layer of Megatron's, hidden {layer['hidden']}, "
         f"{layer['num_experts']} experts of {layer['ffn_hidden']}, top-1, fp32, forward and "

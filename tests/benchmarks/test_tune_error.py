@@ -62,7 +62,9 @@ def test_the_ratios_are_those_of_the_slowest_rank_and_of_the_cost_model(tmp_path
     assert hot.predicted_plain_seconds == plain
     assert hot.predicted_ratio == plain / lending
     assert hot.error == pytest.approx(plain / lending / 3 - 1)
-    page = format_page(rows, machine="this one", command="python x", layer=SIZES, rounds=3)
+    page = format_page(
+        rows, machine="this one", load=0.25, command="python x", layer=SIZES, rounds=3
+    )
     assert "How measured" in page
     assert f"{abs(hot.error):.1%} at worst" in page
     assert "hot-95-1" in page

@@ -9,6 +9,7 @@ from megatron_llep.offline.simulator.models import MODELS, get_model
 from megatron_llep.offline.tune import Replayer, Sample, choose, make_grid, read_sample, search
 from megatron_llep.offline.tune.choose import MARGIN, MOST_SLOWER
 from megatron_llep.offline.tune.model import find_shape, predict_others
+from megatron_llep.offline.tune.replay import drop_threshold
 from megatron_llep.offline.tune.settings import keep_settings
 from megatron_llep.planner.cost.model import LayerCost
 from megatron_llep.planner.cost.presets import PRESETS, get_cost_model
@@ -109,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
     lines = _describe(args, sample, len(grid), cost_model.machine, others is not None)
     print("\n".join(lines), end="\n\n", flush=True)
     replayer = Replayer(sample.counts, cost, topology, base.token_assignment)
-    scored = search(replayer, grid, start_progress(len(grid), "replaying"))
+    groups = len({drop_threshold(setting) for setting in grid})
+    scored = search(replayer, grid, start_progress(groups, "replaying"))
     choice = choose(scored, replayer, sample, cost, others=others, margin=args.margin)
     from megatron_llep.offline.tune.report import format_choice, write_flags
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_llep.offline.recording import Recording, is_recording
 from megatron_llep.offline.workloads import read_trace
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -78,16 +77,12 @@ def read_sample(
 
     Raises:
         ValueError: neither is there, it is damaged, or the sizes are missing or do not fit.
+        ImportError: it is a recording, and pyarrow is missing.
     """
     if most < 1:
         raise ValueError(f"--steps {most}: give a number of micro-batches, 1 or more")
-    if is_recording(folder):
-        return _sample_recording(folder, most, num_ranks)
     if not any(folder.glob("router_trace_rank*.jsonl")):
-        raise ValueError(
-            f"{folder} has no routing: give the folder of a run with --moe-llep-record, or with "
-            "--moe-routing-trace-path"
-        )
+        return _sample_recording(folder, most, num_ranks)
     if num_ranks is None or num_experts is None:
         raise ValueError(
             f"{folder} is a trace of Megatron's, which does not say everything: give --ep and "
@@ -106,6 +101,12 @@ def read_sample(
 
 
 def _sample_recording(folder: Path, most: int, num_ranks: int | None) -> Sample:
+    try:
+        from megatron_llep.offline.recording import Recording
+    except ImportError as error:
+        raise ImportError(
+            f"{folder}: recordings need pyarrow: pip install 'megatron-llep[record]'"
+        ) from error
     recording = Recording.open(folder)
     info = recording.info
     if num_ranks not in (None, info.num_ranks):
@@ -131,7 +132,7 @@ def _sample_recording(folder: Path, most: int, num_ranks: int | None) -> Sample:
 
 
 def choose_rows(places: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Which rows belong to evenly chosen micro-batches.
+    """Which rows belong to evenly chosen micro-batches, of those that have all layers.
 
     The run is cut into `most` parts as long as each other; which micro-batch of a part is taken
     changes from part to part, so that no group and no place in the step is preferred.
@@ -141,16 +142,17 @@ def choose_rows(places: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, 
         most: micro-batches.
 
     Returns:
-        int64 [N] rows, by micro-batch; int64 [N] the number of each one's; how many there are.
+        int64 [N] rows, by micro-batch; int64 [N] the number of each one's; how many are whole.
     """
-    keys, of_row = np.unique(places, axis=0, return_inverse=True)
-    total = len(keys)
+    _, of_row, layers = np.unique(places, axis=0, return_inverse=True, return_counts=True)
+    whole = np.flatnonzero(layers == layers.max())  # a run that was killed may lack some
+    total = len(whole)
     chosen = np.arange(total)
     if total > most:
         ends = np.arange(most + 1) * total // most
         chosen = ends[:-1] + np.floor(np.diff(ends) * _spread(most)).astype(np.int64)
-    number = np.full(total, -1)
-    number[chosen] = np.arange(len(chosen))
+    number = np.full(len(layers), -1)
+    number[whole[chosen]] = np.arange(len(chosen))
     rows = np.flatnonzero(number[of_row.ravel()] >= 0)
     batch = number[of_row.ravel()[rows]]
     order = np.argsort(batch, kind="stable")

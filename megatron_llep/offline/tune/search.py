@@ -48,7 +48,8 @@ def search(
     Args:
         replayer: of the layers.
         grid: what to try; settings that differ in their threshold alone share their plans.
-        advance: called once for each replayed group of settings, for a progress bar.
+        advance: called for each group of settings that was replayed on some layers, for a
+            progress bar: each group once, and those that are kept again.
         stages: parts of the layers, ascending, the last one 1.
     """
     N = replayer.num_layers

@@ -1,6 +1,7 @@
 """Which micro-batches are replayed: evenly chosen, whole, and no more than asked for."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -46,6 +47,12 @@ def test_a_sample_is_bounded_whole_and_even(steps, batches, groups, layers, most
     chosen = rows[::layers] // layers
     assert (ends[:-1] <= chosen).all()
     assert (chosen < ends[1:]).all()
+
+
+def test_a_micro_batch_that_lacks_a_layer_is_left_out():
+    places = np.delete(make_places(3, 1, 1, 2), 3, axis=0)
+    rows, batch, total = choose_rows(places, 10)
+    assert (rows.tolist(), batch.tolist(), total) == ([0, 1, 3, 4], [0, 0, 1, 1], 2)
 
 
 def test_no_group_is_preferred():
@@ -104,3 +111,14 @@ def test_what_does_not_fit_is_refused(tmp_path):
         read_sample(tmp_path / "run", 2, num_ranks=8)
     with pytest.raises(ValueError, match="--steps 0"):
         read_sample(tmp_path / "run", 0)
+
+
+def test_a_recording_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    record(tmp_path, ["balanced"], steps=1)
+    for name in [
+        name for name in sys.modules if name.startswith("megatron_llep.offline.recording")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"megatron-llep\[record\]"):
+        read_sample(tmp_path, 1)
