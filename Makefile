@@ -7,7 +7,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := train,wandb,plot,hf,dev
+EXTRAS := train,wandb,plot,record,hf,dev
 
 TE_VENV := .venv-te
 TE_READY := $(TE_VENV)/.ready
@@ -69,7 +69,7 @@ test-long: $(READY) ## the slow tests
 
 $(TE_READY): pyproject.toml constraints.txt constraints-te.txt tools/find_python.sh tools/install_te.sh
 	@python=$$(bash tools/find_python.sh) && echo "setup: $$python" && "$$python" -m venv $(TE_VENV)
-	$(TE_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(TE_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,record,dev]'
 	bash tools/install_te.sh $(TE_VENV)
 	@touch $@
 

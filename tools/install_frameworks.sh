@@ -10,7 +10,7 @@ set -euo pipefail
 [ $# -eq 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
 python=$(cd "$1" && pwd)/bin/python
 cd "$(dirname "$0")/.."
-"$python" -m pip install --quiet --constraint constraints.txt --editable '.[train,wandb,plot,hf,dev]'
+"$python" -m pip install --quiet --constraint constraints.txt --editable '.[train,wandb,plot,record,hf,dev]'
 frameworks=$(mktemp)
 trap 'rm -f "$frameworks"' EXIT
 grep '^[a-zA-Z]' constraints-frameworks.txt >"$frameworks"

@@ -10,5 +10,5 @@ others=$(mktemp)
 trap 'rm -f "$others"' EXIT
 grep -v '^megatron-core==' constraints.txt >"$others"
 # 0.18 needs einops for hierarchical context parallelism.
-"$python" -m pip install --quiet --constraint "$others" --editable '.[train,wandb,dev]' \
+"$python" -m pip install --quiet --constraint "$others" --editable '.[train,wandb,record,dev]' \
     "megatron-core==$2" einops

@@ -4,7 +4,7 @@
 expert choice for each token of a rank, for a real layer; the three agree. Numpy only.
 """
 
-from megatron_llep.offline.workloads.catalogue import PAPER_GRID, WORKLOADS, Workload
+from megatron_llep.offline.workloads.catalogue import PAPER_GRID, WORKLOADS, Workload, make_hot
 from megatron_llep.offline.workloads.counts import (
     get_workload,
     make_counts,
@@ -20,6 +20,7 @@ __all__ = [
     "Workload",
     "get_workload",
     "make_counts",
+    "make_hot",
     "rank_counts",
     "read_trace",
     "route_tokens",

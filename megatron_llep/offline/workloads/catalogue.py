@@ -66,7 +66,9 @@ def _heat_rank(sizes: Sizes, rank: int, share: float) -> np.ndarray:
     return shares
 
 
-def _make_hot(percent: int, hot: int) -> Workload:
+def make_hot(percent: int, hot: int) -> Workload:
+    """`percent` of the tokens into `hot` experts, from expert 0 on: as hot-30-4 in `WORKLOADS`."""
+
     def make_shares(sizes: Sizes, rng: np.random.Generator, step: int) -> np.ndarray:
         return _heat(sizes, np.arange(hot), percent / 100)
 
@@ -121,7 +123,7 @@ def _count_idle(sizes: Sizes, rng: np.random.Generator, rank: int) -> int:
     return sizes.tokens_per_rank if rank % 2 == 0 else 0
 
 
-_GRID = [_make_hot(percent, hot) for hot in (16, 4, 1) for percent in (30, 50, 80, 95)]
+_GRID = [make_hot(percent, hot) for hot in (16, 4, 1) for percent in (30, 50, 80, 95)]
 
 _OTHERS = [
     Workload(

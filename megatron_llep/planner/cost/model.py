@@ -1,4 +1,4 @@
-"""How long one MoE layer takes under a plan: forward and backward, on the worst rank.
+"""How long one MoE layer takes under a plan: forward and backward, or forward, on the worst rank.
 
 Shape letters: P ranks, E experts, L links (inside the node, across nodes). A pair is one token at
 one of its top_k experts.
@@ -113,11 +113,11 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """Predicted seconds of one layer, forward and backward, by what they are spent on."""
+    """Predicted seconds of one layer by what they are spent on."""
 
     compute: float
     exchange: float
-    """Tokens and their gradients, four exchanges."""
+    """Tokens and their gradients, four exchanges; two forward only."""
     lending: float
     """Weights of lent experts, what is not hidden."""
     returning: float
@@ -179,7 +179,14 @@ class CostModel:
             raise ValueError(f"cost model: overlap={self.overlap} must lie in 0 .. 1")
 
     def predict_layer(
-        self, plan: "Plan", counts: np.ndarray, shape: LayerShape, topology: "Topology"
+        self,
+        plan: "Plan",
+        counts: np.ndarray,
+        shape: LayerShape,
+        topology: "Topology",
+        *,
+        forward_only: bool = False,
+        order: str = "local_first",
     ) -> LayerTime:
         """Predict one layer of one micro-batch, forward and backward.
 
@@ -188,8 +195,13 @@ class CostModel:
             counts: integers [P, E], pairs of each rank for each expert.
             shape: of the layer.
             topology: which ranks share a node.
+            forward_only: leave out backward, and with it gradients and weights fetched again.
+            order: which tokens go to which holder, of `planner.assignment.ORDERS`.
         """
-        pairs = count_tokens(plan, counts, topology)
+        passes, exchanges = 1 + self.backward_factor, EXCHANGES
+        if forward_only:
+            passes, exchanges = 1, EXCHANGES // 2
+        pairs = count_tokens(plan, counts, topology, order)
         tokens = self._time_links(pairs, shape.token_bytes)
         load = plan.load_per_rank_after
         copied = self._time_copies(counts.sum(axis=1) + load, shape.token_bytes)
@@ -199,14 +211,15 @@ class CostModel:
         if not plan.is_fallback:
             traffic = count_lending(plan, shape.expert_weights, shape.scatter_from, topology)
             lending = self._time_transfers(traffic, shape.weight_bytes, tokens)
-            if shape.refetch:  # again, beside the backward of combine
-                lending *= 2
-            returning = self._time_transfers(traffic, shape.bytes_per_gradient, tokens)
+            if not forward_only:
+                if shape.refetch:  # again, beside the backward of combine
+                    lending *= 2
+                returning = self._time_transfers(traffic, shape.bytes_per_gradient, tokens)
             planning = to_picoseconds(self.planning_seconds)
         compute = self._time_compute(load, (plan.quota > 0).sum(axis=0), shape)
         return LayerTime(
-            compute=compute / PER_SECOND,
-            exchange=EXCHANGES * exchange / PER_SECOND,
+            compute=round(compute * passes) / PER_SECOND,
+            exchange=exchanges * exchange / PER_SECOND,
             lending=lending / PER_SECOND,
             returning=returning / PER_SECOND,
             planning=planning / PER_SECOND,
@@ -222,7 +235,7 @@ class CostModel:
         return crossing / link.bytes_per_second / (seconds_per_token * (1 + self.backward_factor))
 
     def _time_compute(self, load: np.ndarray, slots: np.ndarray, shape: LayerShape) -> int:
-        """Picoseconds of the experts' GEMMs on the slowest rank, forward and backward.
+        """Picoseconds of the experts' GEMMs on the slowest rank, forward.
 
         Args:
             load: [P] pairs each rank computes.
@@ -233,7 +246,7 @@ class CostModel:
         per_slot = self.half_rate_tokens * seconds_per_token + self.gemm_overhead_seconds
         forward = all_to_picoseconds(load * seconds_per_token)
         forward += all_to_picoseconds(slots * per_slot)
-        return round(int(forward.max()) * (1 + self.backward_factor))
+        return int(forward.max())
 
     def _time_links(self, things: np.ndarray, size: float) -> np.ndarray:
         """[L, 2, P] picoseconds that each link is busy with so many things of `size` bytes."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_llep.lending.fan_out import cut_shards, travel_in_shards
+from megatron_llep.planner.assignment import sends
 
 if TYPE_CHECKING:  # the planners import this module
     from megatron_llep.planner.plan import Plan
@@ -38,29 +39,35 @@ class LinkLoad:
     """int [links, 2, P] experts, or shards of them."""
 
 
-def count_tokens(plan: "Plan", counts: np.ndarray, topology: "Topology") -> np.ndarray:
-    """Count what a dispatch moves if tokens stay on their rank first, then in their node.
+def count_tokens(
+    plan: "Plan", counts: np.ndarray, topology: "Topology", order: str = "local_first"
+) -> np.ndarray:
+    """Count what a dispatch moves.
 
     What stays put is not counted. Combine, and the exchanges of backward, carry the same, some of
     them the other way.
 
-    Which ranks of a node keep tokens of a lent expert inside it is averaged over the node: each
-    in proportion to what it sends, in whole parts of 2**-20, so that sums over experts are exact:
-    the same on every CPU, in whatever order it adds.
+    Local first, tokens stay on their rank as far as they can, then in their node. Which ranks of a
+    node keep tokens of a lent expert inside it is averaged over the node: each in proportion to
+    what it sends, in whole parts of 2**-20, so that sums over experts are exact: the same on every
+    CPU, in whatever order it adds.
 
     Args:
         plan: made from the counts.
         counts: integers [P, E].
         topology: which ranks share a node.
+        order: of `planner.assignment.ORDERS`.
 
     Returns:
         float [links, 2, P] (token, expert) pairs.
 
     Raises:
-        ValueError: the nodes do not divide the ranks.
+        ValueError: unknown order, or the nodes do not divide the ranks.
     """
     P, M = plan.num_ranks, plan.experts_per_rank
     G = topology.node_size(P)
+    if order != "local_first":
+        return _count_sent(plan, counts, G, order)
     if G == P:
         kept = np.minimum(counts, plan.quota.T).sum(axis=1)
         ways = [counts.sum(axis=1) - kept, plan.quota.sum(axis=0) - kept]
@@ -138,6 +145,17 @@ def _sum_up(source: np.ndarray, target: np.ndarray, sizes: np.ndarray, P: int, G
         ).astype(np.int64, copy=False)
 
     return LinkLoad(numbers=count(sizes), messages=count(None))
+
+
+def _count_sent(plan: "Plan", counts: np.ndarray, G: int, order: str) -> np.ndarray:
+    """Float [links, 2, P] of what every rank sends, counted one by one."""
+    P = plan.num_ranks
+    sent = np.stack([sends(plan, counts, rank, order).sum(axis=0) for rank in range(P)])  # [P, P]
+    np.fill_diagonal(sent, 0)
+    node = np.arange(P) // G
+    together = node[:, None] == node
+    links = [sent] if G == P else [sent * together, sent * ~together]
+    return np.array([[link.sum(axis=1), link.sum(axis=0)] for link in links], dtype=float)
 
 
 def _keep_in_node(

@@ -63,6 +63,38 @@ def test_lending_by_hand():
     assert refetched.lending == pytest.approx(2 * time.lending)
 
 
+def test_forward_only_by_hand():
+    plan = plan_from_quota(np.array([[30, 20], [0, 0], [0, 10], [0, 0]]))
+    both = MODEL.predict_layer(plan, COUNTS, SHAPE, ONE_NODE)
+    refetch = replace(SHAPE, refetch=True)
+    for shape in (SHAPE, refetch):
+        time = MODEL.predict_layer(plan, COUNTS, shape, ONE_NODE, forward_only=True)
+        assert time.compute == pytest.approx(both.compute / 3)
+        assert time.exchange == pytest.approx(both.exchange / 2)
+        assert (time.lending, time.returning, time.planning) == (both.lending, 0, both.planning)
+
+
+def test_rank_order_by_hand():
+    # Three ranks have 30 tokens each for expert 0. In rank order those of rank 0 and 15 of rank 1
+    # fill rank 0; 15 of rank 1 and 10 of rank 2 fill rank 1; 20 of rank 2 stay.
+    counts = np.array([[30, 0, 0], [30, 0, 0], [30, 0, 0]])
+    plan = plan_from_quota(np.array([[45, 25, 20], [0, 0, 0], [0, 0, 0]]))
+    ranked = count_tokens(plan, counts, ONE_NODE, "rank_order")
+    assert ranked.tolist() == [[[0, 15, 10], [15, 10, 0]]]
+    # On two nodes, of ranks 0 and 1, and 2 and 3, whose 30 are the last ones for rank 2.
+    counts, quota = np.zeros((2, 4, 4), dtype=int)
+    counts[:, 0], quota[0] = [30, 30, 30, 30], [45, 25, 50, 0]
+    ranked = count_tokens(plan_from_quota(quota), counts, Topology(ranks_per_node=2), "rank_order")
+    assert ranked.tolist() == [[[0, 15, 0, 30], [15, 0, 30, 0]], [[0, 0, 10, 0], [0, 10, 0, 0]]]
+    with pytest.raises(ValueError, match="by_name"):
+        count_tokens(plan, counts[:3, :3], ONE_NODE, "by_name")
+    # It is what the exchange of the layer's prediction is made of: 15 received by rank 0, whose
+    # copies are the most, 30 out and 45 in.
+    order = {"forward_only": True, "order": "rank_order"}
+    time = MODEL.predict_layer(plan, np.array([[30, 0, 0]] * 3), SHAPE, ONE_NODE, **order)
+    assert time.exchange == pytest.approx(2 * (75 * 16 / 1e3 + 15 * 16 / 1e2 + 0.25))
+
+
 def test_what_is_hidden():
     # Rank 0 lends to rank 1 while it receives rank 1's tokens: opposite ways.
     counts = np.array([[0, 0, 0, 0], [60, 0, 0, 0]])
