@@ -42,7 +42,8 @@ from megatron_llep.lending.progress import name_layer
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.lending.trained import find_common_dtype, find_trained
-from megatron_llep.metrics import record_exchange, record_plan
+from megatron_llep.metrics import number_in_model, record_exchange, record_plan
+from megatron_llep.observe.recording_info import make_info
 from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, read, take
 from megatron_llep.placement.rank_note import RankNote
 from megatron_llep.travel.kinds import make_dispatcher
@@ -136,6 +137,9 @@ class LLEPMoELayer(MoELayer):
         self._is_cut = self.config.overlap_moe_expert_parallel_comm
         # Between a backward and its `backward_dw`, which follows before the layer's next backward.
         self._put_off: deque[WeightLoan] = deque()
+        self._recorder = shared.recorder if self.token_dispatcher.source == 0 else None
+        if self._recorder is not None:
+            self._recorder.open(make_info(self.config, llep, pg_collection), pg_collection)
 
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Put shared experts off until counts travel: see `route`.
@@ -389,7 +393,11 @@ class LLEPMoELayer(MoELayer):
                 expert_bytes=self.lendable.expert_bytes,
                 foreign_bytes=foreign_bytes,
                 plan_seconds=placed.plan_seconds,
+                expert_tokens=placed.expert_tokens,
             )
+            if self._recorder is not None:
+                number = number_in_model(self.layer_number, self.is_mtp_layer, self.config)
+                self._recorder.add(number, placed.counts, placed.plan)
 
 
 def _is_in_backward() -> bool:

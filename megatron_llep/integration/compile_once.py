@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.lending.groups import gather_objects
+from megatron_llep.observe.outlook import PLANNERS as OUTLOOK
 from megatron_llep.planner.compiled import compile_planners
 from megatron_llep.validation import refuse_on_all_ranks
 
@@ -43,7 +44,8 @@ def compile_once_per_host(config: LLEPConfig, *, needed: bool) -> bool:
         refusal = None
         if needed and dist.get_rank() in turn:
             try:
-                is_cached = compile_planners([config.planner], replicas=config.replicas != "none")
+                planners = OUTLOOK if config.observes else (config.planner,)
+                is_cached = compile_planners(planners, replicas=config.replicas != "none")
             except ImportError as error:
                 refusal = f"--moe-llep: the planners need numba ({error}); install it"
             except Exception as error:  # whatever it is, no rank may wait for this one

@@ -78,6 +78,12 @@ class Planned(Routed):
         counts = self.counts.reshape(len(self.counts), -1, E)
         return load_per_rank(counts.sum(axis=1), counts.shape[1], self.plan.num_ranks)
 
+    @property
+    def expert_tokens(self) -> np.ndarray:
+        """[E], tokens of each expert, mean over the D groups whose replicas share tokens."""
+        E = self.routing_map.shape[1]
+        return self.counts.sum(axis=0).reshape(-1, E).mean(axis=0)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Placed(Planned):

@@ -1,4 +1,4 @@
-"""What planner auto knows about a layer of Megatron's: its shape, and the machine it runs on."""
+"""What the cost model knows about a layer of Megatron's: its shape, and the machine it runs on."""
 
 from typing import TYPE_CHECKING
 
@@ -24,12 +24,17 @@ def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost
     """
     if llep.cost_model is None:
         return None
+    return LayerCost(model=get_cost_model(llep.cost_model), shape=get_layer_shape(config, llep))
+
+
+def get_layer_shape(config: "TransformerConfig", llep: "LLEPConfig") -> LayerShape:
+    """A model's MoE layers, as one rank holds them."""
     weight_bytes = config.params_dtype.itemsize
     gradient_bytes = weight_bytes if llep.grad_dtype == "param" else max(4, weight_bytes)
     refetch = llep.foreign_weights == "refetch" or (
         llep.foreign_weights is None and config.pipeline_model_parallel_size > 1
     )
-    shape = LayerShape(
+    return LayerShape(
         hidden=config.moe_latent_size or config.hidden_size,
         ffn_hidden=config.moe_ffn_hidden_size // config.expert_tensor_parallel_size,
         num_experts=config.num_moe_experts,
@@ -41,4 +46,3 @@ def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost
         refetch=refetch,
         scatter_from=llep.scatter_from,
     )
-    return LayerCost(model=get_cost_model(llep.cost_model), shape=shape)
