@@ -51,6 +51,15 @@ def test_balanced_routing_is_left_alone(tmp_path, capsys):
     assert written == {"LLEP_ARGS": {"--moe-llep": False}}
 
 
+def test_what_is_left_off_starts_plain(tmp_path, capsys):
+    record(tmp_path / "run", ["balanced"], experts=8, steps=1)
+    path = tmp_path / "flags.yaml"
+    assert run(capsys, tmp_path / "run", "--model", TINY, "--output", path)[0] == 0
+    sections = load_config(path)
+    assert sections["MODEL_ARGS"] == load_config(TINY)["MODEL_ARGS"]
+    assert "--moe-llep" not in format_flags(sections["LLEP_ARGS"])
+
+
 def test_hot_routing_is_switched_on_with_the_gain_that_is_computed_directly(tmp_path, capsys):
     counts = record(tmp_path / "run", ["hot-80-4", "zipf"], layers=4, steps=3)
     out_file = tmp_path / "flags.yaml"
