@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = describe_machine()
     print(f"{machine}\n{sizes}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        path = args.cost_model or _calibrate(sizes, machine, args.quick, Path(folder))
+        path = args.cost_model or calibrate_layer(sizes, machine, args.quick, Path(folder))
         model = get_cost_model(str(path))
         variants: dict[str, LLEPConfig | None] = {PLAIN: None}
         for planner in args.planners:
@@ -107,7 +107,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _calibrate(sizes: dict[str, int], machine: str, quick: bool, folder: Path) -> Path:
+def calibrate_layer(sizes: dict[str, int], machine: str, quick: bool, folder: Path) -> Path:
     """Fit a cost model to this layer's experts on this machine."""
     measured = measure(
         choose_sizes(CPU_SIZES, expert=(sizes["hidden"], sizes["ffn_hidden"]), quick=quick),

@@ -48,6 +48,8 @@ class Job:
     workloads: tuple[str, ...]
     rounds: int
     seed: int = 0
+    with_limit: bool = True
+    """Whether `LIMIT` runs too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Found:
     """What one rank found, by (workload, variant)."""
 
     seconds: dict[tuple[str, str], list[float]]
-    """Of each round, `LIMIT` included."""
+    """Of each round, with `LIMIT` if it ran."""
     peak_bytes: dict[tuple[str, str], int]
     """Most memory that the layer took, with its weights and gradients, above the libraries."""
     plans: dict[tuple[str, str], Plan]
@@ -68,15 +70,24 @@ def measure_ranks(job: Job) -> list[Found]:
     Raises:
         ValueError: fewer cores than ranks.
     """
-    P, cores = job.sizes["num_ranks"], len(os.sched_getaffinity(0))
-    if cores < P:
-        raise ValueError(f"{P} ranks need a core each, this process may use {cores}")
-    timed = _start(_take_times, job, _KEEP_MEMORY)
+    timed = time_ranks(job)
     weighed = _start(_weigh, job, _GIVE_BACK)
     return [
         Found(seconds=a.seconds, plans=a.plans, peak_bytes=b.peak_bytes)
         for a, b in zip(timed, weighed, strict=True)
     ]
+
+
+def time_ranks(job: Job) -> list[Found]:
+    """Measure times alone; results in rank order.
+
+    Raises:
+        ValueError: fewer cores than ranks.
+    """
+    P, cores = job.sizes["num_ranks"], len(os.sched_getaffinity(0))
+    if cores < P:
+        raise ValueError(f"{P} ranks need a core each, this process may use {cores}")
+    return _start(_take_times, job, _KEEP_MEMORY)
 
 
 def _start(
@@ -118,7 +129,8 @@ def _take_times(rank: int, job: Job) -> Found:
 
     sizes = Sizes(**job.sizes)
     layers = {name: BenchLayer(sizes, rank, llep) for name, llep in job.variants.items()}
-    layers[LIMIT] = BenchLayer(sizes, rank, None)
+    if job.with_limit:
+        layers[LIMIT] = BenchLayer(sizes, rank, None)
     names = list(layers)
     found = Found(seconds={}, peak_bytes={}, plans={})
     for workload in job.workloads:
@@ -131,7 +143,8 @@ def _take_times(rank: int, job: Job) -> Found:
                 dispatcher = layer.module.token_dispatcher
                 planned = dispatcher.plan(dispatcher.start_count(layer.get_routing_map()))
                 found.plans[workload, name] = planned.plan
-        layers[LIMIT].route(choose_as_if_lent(rank, job, workload))
+        if job.with_limit:
+            layers[LIMIT].route(choose_as_if_lent(rank, job, workload))
         found.seconds.update({(workload, name): [] for name in names})
         for name, counts in take_turns(names, job.rounds):
             dist.barrier()

@@ -13,6 +13,9 @@ GRAD_DTYPES = ("fp32", "param")
 LEND_TO = ("any_node", "own_node")
 EXPERT_GEMMS = ("megatron", "grouped_mm")
 DISPATCHERS = ("alltoall", "flex")
+PLAN_AHEAD = ("auto", "off")
+OBSERVE = "observe"
+"""In place of a planner: nothing is planned, nor replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +27,14 @@ class LLEPConfig:
     weights of some experts, with the tokens that go to them, to ranks with too few. Routing and
     results are those of plain expert parallelism."""
 
-    planner: Literal["tolerant", "exact", "lla", "lp", "auto"] = "tolerant"
+    planner: Literal["tolerant", "exact", "lla", "lp", "auto", "observe"] = "tolerant"
     """How lent experts are chosen. tolerant: as few as bring every rank within --moe-llep-tolerance
     of the mean load. exact: every rank computes the same number of tokens, with at most one lender
     per borrower. lla: Algorithms 2 and 3 of the paper. lp: nothing is lent; tokens
     are spread over replicas so that the largest load is least, see --moe-llep-replicas. auto: plain
-    expert parallelism or a plan, whichever --moe-llep-cost-model predicts to be fastest."""
+    expert parallelism or a plan, whichever --moe-llep-cost-model predicts to be fastest. observe:
+    Megatron's own layers run as without --moe-llep; the log shows how uneven routing is, and what
+    the planners that lend would have gained."""
 
     tolerance: float = 0.05
     """Planner tolerant: part of the mean load by which a rank's load may exceed it."""
@@ -47,7 +52,8 @@ class LLEPConfig:
 
     cost_model: str | None = None
     """Planner auto, in place of the numbers above: a file that `python -m megatron_llep
-    calibrate` wrote on this kind of machine, or a preset from data sheets, h100 or h200."""
+    calibrate` wrote on this kind of machine, or a preset from data sheets, h100 or h200. Planner
+    observe predicts gains for it; default there: h200."""
 
     replicas: Literal["none", "expert-dp"] = "none"
     """Where a token may be computed without moving weights. none: by the expert of its own
@@ -88,6 +94,11 @@ class LLEPConfig:
     """Precision in which the weight gradients of lent experts are sent home: fp32, or that of the
     parameters (half the traffic for bf16 models)."""
 
+    plan_ahead: Literal["auto", "off"] = "auto"
+    """auto: where routing is known before layers run, as --moe-enable-routing-replay replays it,
+    the counts of all layers are exchanged at once at the start of a forward, and experts are lent
+    one layer ahead. off: each layer counts and lends for itself."""
+
     expert_gemm: Literal["megatron", "grouped_mm"] = "megatron"
     """How a rank computes its experts. megatron: as Megatron's own module does. grouped_mm: those
     of SequentialMLP, which run one after another, in torch's grouped GEMMs instead: for many small
@@ -99,6 +110,12 @@ class LLEPConfig:
     once per borrower, at the price of a second exchange. Fewer bytes one after another from 2 on;
     2 for large experts or slow links. 0: each borrower is sent all of it."""
 
+    record: str | None = None
+    """A folder for a recording of the routing, beside the training: for each layer and micro-batch
+    the tokens of each rank for each expert, and what was lent. `python -m megatron_llep plan` and
+    simulate read it. One folder a run; a run that is resumed goes on in its own. Needs pip install
+    megatron-llep[record]."""
+
     def __post_init__(self) -> None:
         """Reject values that no model could use.
 
@@ -107,7 +124,7 @@ class LLEPConfig:
         """
         if self.ranks_per_node == "auto":
             object.__setattr__(self, "ranks_per_node", None)
-        _require_choice("--moe-llep-planner", self.planner, tuple(PLANNERS))
+        _require_choice("--moe-llep-planner", self.planner, (*PLANNERS, OBSERVE))
         _require_choice("--moe-llep-replicas", self.replicas, REPLICAS)
         _require(
             self.planner != "lp" or self.replicas != "none",
@@ -123,12 +140,25 @@ class LLEPConfig:
             "it predicts times: give --moe-llep-cost-model a file that `python -m megatron_llep "
             "calibrate` wrote, or choose another planner",
         )
+        for flag, value, plain in (
+            ("--moe-llep-replicas", self.replicas, "none"),
+            ("--moe-llep-dispatcher", self.dispatcher, "alltoall"),
+            ("--moe-llep-expert-gemm", self.expert_gemm, "megatron"),
+        ):
+            _require(
+                not self.observes or value == plain,
+                flag,
+                value,
+                f"--moe-llep-planner {OBSERVE} lets Megatron run as it is: leave the flag out, or "
+                "choose another planner",
+            )
         _require_choice("--moe-llep-token-assignment", self.token_assignment, ORDERS)
         _require_choice("--moe-llep-dispatcher", self.dispatcher, DISPATCHERS)
         if self.foreign_weights is not None:
             _require_choice("--moe-llep-foreign-weights", self.foreign_weights, FOREIGN_WEIGHTS)
         _require_choice("--moe-llep-grad-dtype", self.grad_dtype, GRAD_DTYPES)
         _require_choice("--moe-llep-lend-to", self.lend_to, LEND_TO)
+        _require_choice("--moe-llep-plan-ahead", self.plan_ahead, PLAN_AHEAD)
         _require_choice("--moe-llep-expert-gemm", self.expert_gemm, EXPERT_GEMMS)
         _require(
             math.isfinite(self.tolerance) and self.tolerance >= 0,
@@ -172,6 +202,17 @@ class LLEPConfig:
             self.scatter_from,
             "give a number of borrowers, 2 or more, or 0 to send experts whole",
         )
+        _require(self.record != "", "--moe-llep-record", self.record, "give a folder")
+
+    @property
+    def observes(self) -> bool:
+        """Whether plain Megatron runs, with hooks that count."""
+        return self.planner == OBSERVE
+
+    @property
+    def replaces(self) -> bool:
+        """Whether LLEP's layers run in the place of Megatron's."""
+        return self.enabled and not self.observes
 
 
 def flag_of(field_name: str) -> str:

@@ -24,13 +24,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.lending.agreement import check_experts
+from megatron_llep.lending.offer import Offer
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.ranges import step
 from megatron_llep.placement import list_pairs, place_tokens
-from megatron_llep.placement.counting import CountTable
+from megatron_llep.placement.counting import CountTable, Foretold
 from megatron_llep.placement.exchange import TokenExchange
-from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, take
-from megatron_llep.placement.rank_note import RankNote
+from megatron_llep.placement.forward import (
+    Ahead,
+    Decision,
+    Placed,
+    Planned,
+    Routed,
+    find,
+    hand_on,
+    take,
+)
+from megatron_llep.placement.pairs import Pairs
 from megatron_llep.planner import Topology, plan_over_replicas
 from megatron_llep.planner.cost.layer import get_layer_cost, get_layer_shape
 
@@ -96,46 +106,87 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
         return self.ep_rank * self.tp_size + self.tp_rank
 
     @step("count.start")
-    def start_count(self, routing_map: torch.Tensor, note: RankNote | None = None) -> Routed:
+    def start_count(
+        self,
+        routing_map: torch.Tensor,
+        offer: Offer | None = None,
+        known_ahead: torch.Tensor | int = 0,
+    ) -> Routed:
         """Start gathering all ranks' counts, for which `plan` waits; all ranks in the same order.
 
         Meanwhile the GPU does what needs no plan.
 
         Args:
             routing_map: bool [T, E].
-            note: what this rank says beside; nothing is lent unless all ranks agree to.
+            offer: what this rank has to lend; nothing is lent unless all ranks agree to.
+            known_ahead: as for `CountTable`.
         """
+        offer = offer or Offer()
         table = CountTable(
             routing_map,
-            note=note or RankNote(),
+            note=offer.note,
             mark=self.progress.mark,
             last_plan=self.progress.last_plan,
+            known_ahead=known_ahead,
             group=self.tp_ep_group,
             stream=self.cuda_dtoh_stream,
         )
-        # As many as there are where no token is dropped and none has an expert twice.
-        most = len(routing_map) * self.config.moe_router_topk
-        return Routed(routing_map=routing_map, table=table, pairs=list_pairs(routing_map, most))
+        pairs = self._list_pairs(routing_map)
+        return Routed(routing_map=routing_map, table=table, pairs=pairs, offer=offer)
+
+    @step("count.start")
+    def skip_count(self, routing_map: torch.Tensor, ahead: Ahead) -> Routed:
+        """In place of `start_count`, where the plan is there: nothing is gathered."""
+        return Routed(
+            routing_map=routing_map,
+            table=None,
+            pairs=self._list_pairs(routing_map),
+            ahead=ahead,
+            offer=ahead.offer,
+        )
 
     def plan(self, routed: Routed) -> Planned:
-        """Plan from all ranks' counts.
+        """Plan from all ranks' counts, if that is not done.
 
         Raises:
             ValueError: the ranks' experts cannot be lent to each other.
-            RuntimeError: the ranks are in different forwards, or their plans differ.
+            RuntimeError: the ranks are in different forwards, their plans differ, or a rank's
+                routers did not choose what it had foretold.
         """
-        with step("count.wait"):
-            counted = routed.table.wait()
-        self.progress.check_marks(counted.marks, self.tp_ep_group)
-        notes = counted.notes
-        check_experts(
-            notes,
-            routed.experts,
-            place=routed.place,
-            tp_size=self.tp_size,
-            group=self.tp_ep_group,
-        )
-        self.progress.check_plans(counted.last_plans, self.tp_ep_group)
+        known_ahead, loan = 0, None
+        if routed.ahead is not None:
+            decision, loan = routed.ahead.decision, routed.ahead.loan
+        else:
+            assert routed.table is not None
+            with step("count.wait"):
+                counted = routed.table.wait()
+            self.progress.check_marks(counted.marks, self.tp_ep_group)
+            check_experts(
+                counted.notes,
+                routed.offer.experts,
+                place=routed.place,
+                tp_size=self.tp_size,
+                group=self.tp_ep_group,
+            )
+            self.progress.check_plans(counted.last_plans, self.tp_ep_group)
+            self.progress.check_foretold(counted.known_ahead, self.tp_ep_group)
+            known_ahead = min(counted.known_ahead)
+            decision = self.decide(counted)
+        planned = Planned(**vars(routed), **vars(decision), known_ahead=known_ahead, loan=loan)
+        for listener in self.on_plan:
+            listener(planned)
+        return planned
+
+    def decide(self, counted: Foretold, place: str | None = None) -> Decision:
+        """Plan from what every rank knows; all ranks in the same order.
+
+        Args:
+            counted: of all ranks, whose experts may be lent to each other.
+            place: which layer, in words, if it runs later.
+
+        Raises:
+            RuntimeError: the ranks' plans differ.
+        """
         start = time.perf_counter()
         with step("plan"):
             plan, counts = plan_over_replicas(
@@ -143,7 +194,7 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
                 num_replicas=self.num_replicas,
                 num_ranks=self.ep_size,
                 planner=self.llep.planner,
-                max_foreign=self.llep.max_foreign_experts if notes.lends else 0,
+                max_foreign=self.llep.max_foreign_experts if counted.notes.lends else 0,
                 capacity_factor=self.llep.capacity_factor,
                 min_tokens_per_gemm=self.llep.min_tokens_per_gemm,
                 imbalance_threshold=self.llep.imbalance_threshold,
@@ -153,19 +204,12 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
                 cost=self.cost,
             )
         plan_seconds = time.perf_counter() - start
-        self.progress.note_plan(plan)
+        self.progress.note_plan(plan, ahead_of=place)
         if self.compares_at_once:
             self.progress.compare_plans(self.tp_ep_group)
-        planned = Planned(
-            **vars(routed),
-            counts=counts,
-            plan=plan,
-            trains=notes.trains,
-            plan_seconds=plan_seconds,
+        return Decision(
+            counts=counts, plan=plan, trains=counted.notes.trains, plan_seconds=plan_seconds
         )
-        for listener in self.on_plan:
-            listener(planned)
-        return planned
 
     @step("place")
     def dispatch_preprocess(
@@ -303,6 +347,10 @@ class LLEPTokenDispatcher(MoETokenDispatcher):
     @abstractmethod
     def _add_up(self, placed: Placed, rows: torch.Tensor) -> torch.Tensor:
         """Each token's sum [T, H] of what came back."""
+
+    def _list_pairs(self, routing_map: torch.Tensor) -> Pairs:
+        # As many as there are where no token is dropped and none has an expert twice.
+        return list_pairs(routing_map, len(routing_map) * self.config.moe_router_topk)
 
     def _start_shared(self, tokens: torch.Tensor) -> None:
         """The first linear of overlapping shared experts, when these tokens are on their way."""

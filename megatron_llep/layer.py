@@ -7,27 +7,27 @@ on to the next (`placement.forward`); the layer itself keeps settings only.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Concatenate
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.cuda_graphs import is_graph_capturing
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_llep.ahead.model_chunk import ModelChunk
 from megatron_llep.config import LLEPConfig
-from megatron_llep.experts.changes import SeenExperts
-from megatron_llep.experts.form import ExpertForm, look_at_experts
+from megatron_llep.experts.base import LendableExperts
 from megatron_llep.experts.grouped_mm import GroupedMM
-from megatron_llep.experts.kinds import make_lendable
+from megatron_llep.experts.offering import Offering
 from megatron_llep.experts.te_grouped import leave_fused_operations
 from megatron_llep.integration.settings.notices import Notices
 from megatron_llep.integration.settings.table import replace_settings
+from megatron_llep.lending.lender import Lender, start_lending
 from megatron_llep.lending.loan import WeightLoan
 from megatron_llep.lending.nodes import (
     add_returned,
@@ -38,13 +38,22 @@ from megatron_llep.lending.nodes import (
     relay,
     settle,
 )
-from megatron_llep.lending.progress import name_layer
+from megatron_llep.lending.offer import Offer
+from megatron_llep.lending.progress import is_in_backward, name_layer
 from megatron_llep.lending.ranges import step
 from megatron_llep.lending.shared import SharedLending
-from megatron_llep.lending.trained import find_common_dtype, find_trained
-from megatron_llep.metrics import record_exchange, record_plan
-from megatron_llep.placement.forward import Placed, Planned, Routed, find, hand_on, read, take
-from megatron_llep.placement.rank_note import RankNote
+from megatron_llep.metrics import number_in_model, record_exchange, record_plan
+from megatron_llep.observe.recording_info import make_info
+from megatron_llep.placement.forward import (
+    Decision,
+    Placed,
+    Planned,
+    Routed,
+    find,
+    hand_on,
+    read,
+    take,
+)
 from megatron_llep.travel.kinds import make_dispatcher
 from megatron_llep.validation import check_config, check_layer
 
@@ -116,9 +125,9 @@ class LLEPMoELayer(MoELayer):
             GroupedMM.convert(self.experts)
         leave_fused_operations(self.experts)
         self.llep = llep
-        self.lendable = make_lendable(self.experts)
-        self._seen_experts = SeenExperts()
-        self._expert_form = ExpertForm()
+        self._offering = Offering(self.experts)
+        self.model_chunk: ModelChunk | None = None
+        """The layers that run with this one, if their routing may be known before."""
         self.shared_lending = shared
         self.lending_group = groups.lending
         self.token_dispatcher = make_dispatcher(
@@ -130,6 +139,14 @@ class LLEPMoELayer(MoELayer):
             ranks_per_node=groups.ranks_per_node,
             progress=shared.progress,
         )
+        self._lender = Lender(
+            self.config,
+            llep,
+            node_size=self.token_dispatcher.node_size,
+            group=groups.lending,
+            shared=shared,
+            note_bytes=lambda sent, received: self._note_bytes(sent, received),
+        )
         if self.use_shared_expert and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         self._experts_are_reduced = pg_collection.expt_dp.size() > 1
@@ -137,6 +154,14 @@ class LLEPMoELayer(MoELayer):
         self._is_cut = self.config.overlap_moe_expert_parallel_comm
         # Between a backward and its `backward_dw`, which follows before the layer's next backward.
         self._put_off: deque[WeightLoan] = deque()
+        self._recorder = shared.recorder if self.token_dispatcher.source == 0 else None
+        if self._recorder is not None:
+            self._recorder.open(make_info(self.config, llep, pg_collection), pg_collection)
+
+    @property
+    def lendable(self) -> LendableExperts:
+        """The experts, as they can be lent."""
+        return self._offering.lendable
 
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Put shared experts off until counts travel: see `route`.
@@ -176,7 +201,12 @@ class LLEPMoELayer(MoELayer):
         probs, routing_map = super().route(hidden_states, padding_mask)
         if find(Routed, routing_map) is not None:  # the router gave this very tensor before
             routing_map = routing_map.clone()
-        routed = replace(self._start_count(routing_map), place=place)
+        chunk = self.model_chunk
+        if chunk is not None:
+            routed = chunk.start_count(self, routing_map)
+        else:
+            routed = self._start_count(routing_map)
+        routed = replace(routed, place=place)
         shared_output = None if self._is_cut else super().shared_experts_compute(shared_input)
         hand_on(replace(routed, shared_output=shared_output), routing_map)
         return probs, routing_map
@@ -187,8 +217,9 @@ class LLEPMoELayer(MoELayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Plan, and order the tokens for dispatch.
 
-        Lending starts when tokens are on their way. Where a schedule cuts the layer another
-        micro-batch's backward comes before that: there it starts at once, not to wait for it.
+        Lending starts when tokens are on their way, unless it started while the layer before ran.
+        Where a schedule cuts the layer another micro-batch's backward comes before that: there it
+        starts at once, not to wait for it.
 
         Args:
             hidden_states: [..., H], T tokens.
@@ -202,10 +233,15 @@ class LLEPMoELayer(MoELayer):
             hand_on(self._start_count(routing_map), routing_map)
         planned = self.token_dispatcher.plan(take(Routed, routing_map))
         start: Callable[[], None] | None = None
-        if not planned.plan.is_fallback:
-            loan = self._make_loan(planned)
-            start = partial(_start_lending, planned.weight_waits, loan)
+        if planned.loan is not None:
+            planned.loan.attend(refetch=self._lender.refetches())
+        elif not planned.plan.is_fallback:
+            loan = self.make_loan(planned, planned.offer)
+            start = partial(start_lending, planned.offer, loan)
             planned = replace(planned, loan=loan, meanwhile=None if self._is_cut else start)
+        if self.model_chunk is not None:
+            meanwhile = self.model_chunk.go_ahead(self, planned.known_ahead, planned.meanwhile)
+            planned = replace(planned, meanwhile=meanwhile)
         if not self._is_cut:
             hidden_states = self._hold_grads(planned, hidden_states)
         hand_on(planned, routing_map)
@@ -259,6 +295,8 @@ class LLEPMoELayer(MoELayer):
         """As `MoELayer.combine`."""
         with step("combine"):
             output = super().combine(output)
+        if self.model_chunk is not None:
+            self.model_chunk.continue_next(self)
         loan = read(Placed, output).loan
         if loan is not None:
             refetch(loan, output)
@@ -296,7 +334,8 @@ class LLEPMoELayer(MoELayer):
             return hidden_states if loan is None else put_off(loan, hidden_states, self._put_off)
         if loan is None and not (self._experts_are_reduced and planned.trains):
             return hidden_states
-        return hold_grads(loan, planned.natives, hidden_states, hold_all=self._experts_are_reduced)
+        natives = planned.offer.natives
+        return hold_grads(loan, natives, hidden_states, hold_all=self._experts_are_reduced)
 
     def _enter_forward(self) -> str:
         return self.shared_lending.progress.enter_forward(
@@ -304,68 +343,24 @@ class LLEPMoELayer(MoELayer):
             is_mtp=self.is_mtp_layer,
             training=self.training,
             recorded=torch.is_grad_enabled(),
-            again=_is_in_backward(),
+            again=is_in_backward(),
         )
+
+    def make_offer(self) -> Offer:
+        """What this rank has to lend of the layer's experts, as they are now."""
+        lends = self.shared_lending.lends
+        return self._offering.make_offer(self.experts, self.in_words(), lends=lends)
+
+    def make_loan(self, decision: Decision, offer: Offer) -> WeightLoan:
+        """Of what a plan lends, of what this rank has to lend."""
+        return self._lender.make_loan(decision.plan, offer, decision.trains)
+
+    def in_words(self) -> str:
+        """Which layer it is."""
+        return name_layer(self.layer_number or 0, self.is_mtp_layer)
 
     def _start_count(self, routing_map: torch.Tensor) -> Routed:
-        """Start counting; meanwhile the host reads off the experts what needs no plan."""
-        if self._seen_experts.have_changed(self.experts):
-            self._look_at_experts()
-        form = self._expert_form
-        natives = [] if form.refused else self.lendable.weights()
-        note = RankNote(
-            trains=find_trained(natives),
-            lends=self.shared_lending.lends,
-            refuses=form.refused,
-            experts=form.digest,
-        )
-        routed = self.token_dispatcher.start_count(routing_map, note)
-        return replace(
-            routed,
-            experts=form.text,
-            natives=natives,
-            weight_waits=self.lendable.parameter_hooks(),
-        )
-
-    def _look_at_experts(self) -> None:
-        """Find out what is to be lent: adapters may have been put around the experts' linears.
-
-        What cannot be lent all ranks refuse together, once they know of each other: see `plan` of
-        the dispatcher.
-        """
-        lendable, self._expert_form = look_at_experts(
-            self.experts, name_layer(self.layer_number or 0, self.is_mtp_layer)
-        )
-        self.lendable = lendable or self.lendable
-
-    def _make_loan(self, planned: Planned) -> WeightLoan:
-        return WeightLoan(
-            planned.plan,
-            planned.natives,
-            group=self.lending_group,
-            scatter_from=self.llep.scatter_from,
-            node_size=self.token_dispatcher.node_size,
-            grad_dtype=self._grad_dtype(find_common_dtype(planned.natives[0])),
-            trains=planned.trains,
-            refetch=self._refetches(),
-            shared=self.shared_lending,
-            note_bytes=self._note_bytes,
-        )
-
-    def _grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which gradients of weights of a dtype return."""
-        if self.llep.grad_dtype == "fp32":
-            # Not for fp64 parameters, whose gradients must not lose digits on the way.
-            return torch.promote_types(torch.float32, dtype)
-        return dtype
-
-    def _refetches(self) -> bool:
-        """Whether foreign weights are freed between forward and backward."""
-        if is_checkpointing():  # backward follows at once, or this forward is not kept at all
-            return False
-        in_pipeline = self.config.pipeline_model_parallel_size > 1
-        choice = self.llep.foreign_weights or ("refetch" if in_pipeline else "keep")
-        return choice == "refetch"
+        return self.token_dispatcher.start_count(routing_map, self.make_offer())
 
     def _note_bytes(self, sent: int, received: int) -> None:
         if self.training:
@@ -391,16 +386,8 @@ class LLEPMoELayer(MoELayer):
                 expert_bytes=self.lendable.expert_bytes,
                 foreign_bytes=foreign_bytes,
                 plan_seconds=placed.plan_seconds,
+                expert_tokens=placed.expert_tokens,
             )
-
-
-def _is_in_backward() -> bool:
-    """Whether autograd is at work: a forward within it is a recomputed one, whoever recomputes."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _start_lending(weight_waits: Sequence[Callable[[], object]], loan: WeightLoan) -> None:
-    """Start to send lent experts and to receive foreign ones."""
-    for wait in weight_waits:
-        wait()
-    loan.start_fetch()
+            if self._recorder is not None:
+                number = number_in_model(self.layer_number, self.is_mtp_layer, self.config)
+                self._recorder.add(number, placed.counts, placed.plan)

@@ -63,6 +63,8 @@ def find_all_refusals(config: TransformerConfig, llep: LLEPConfig) -> Iterator[s
             f"experts (--num-experts {num_experts} / --expert-model-parallel-size {ep_size}) and "
             "may borrow at most as many"
         )
+    if llep.observes:
+        return  # nothing of Megatron's is replaced
     if getattr(config, "use_kitchen", False):  # arguments do not have it
         yield (
             "--kitchen-config-file: lent experts are not quantised by Kitchen; leave the flag out, "

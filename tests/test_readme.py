@@ -34,6 +34,15 @@ COMMAND_LINE = {
 }
 """A command, and a word of what it prints."""
 
+RECORDED = {
+    "python tools/launch.py configs/tiny.yaml --set --moe-llep-planner=observe -- --mock-data "
+    "--train-iters 10 --moe-llep-record runs/routing": "busiest",
+    "python -m megatron_llep view runs/routing --output runs/view.html": "view.html",
+    "python -m megatron_llep tune runs/routing --output runs/llep.yaml": "machine",
+    "python -m megatron_llep plan --trace runs/routing --step 3": "as it ran",
+}
+"""The same, of commands of which each needs the one before."""
+
 
 def get_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
@@ -72,6 +81,7 @@ def test_every_command_is_known_here():
         "torchrun --nproc-per-node 8 pretrain/pretrain_hybrid.py --hybrid-layer-pattern '*E*E' "
         "YOUR_MEGATRON_FLAGS --moe-llep",
         "python tools/launch.py configs/tiny.yaml --dry-run -- --mock-data",
+        *RECORDED,
         *COMMAND_LINE,
     ]
 
@@ -100,9 +110,19 @@ def test_make_knows_its_targets(command):
         assert f"--{name.lower()} {value}" in done.stdout
 
 
+def test_a_run_is_recorded_and_looked_at(tmp_path):
+    for command, word in RECORDED.items():
+        words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+        words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert word in done.stdout, done.stdout
+    assert (tmp_path / "runs" / "view.html").is_file()
+
+
 def test_the_launcher_command_runs():
     (command,) = [
-        line for block in get_blocks("sh") for line in block.splitlines() if "launch.py" in line
+        line for block in get_blocks("sh") for line in block.splitlines() if "--dry-run" in line
     ]
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)

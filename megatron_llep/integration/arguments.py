@@ -48,4 +48,9 @@ def llep_config_from_args(args: argparse.Namespace) -> LLEPConfig:
         for field in dataclasses.fields(LLEPConfig)
         if field.name != "enabled"
     }
+    if args.moe_llep_record is not None and not args.moe_llep:
+        raise ValueError(
+            f"--moe-llep-record {args.moe_llep_record}: give --moe-llep as well; with "
+            "--moe-llep-planner observe plain expert parallelism runs and is recorded"
+        )
     return LLEPConfig(enabled=args.moe_llep, **settings)

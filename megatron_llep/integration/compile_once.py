@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_llep.config import LLEPConfig
 from megatron_llep.lending.groups import gather_objects
+from megatron_llep.observe.outlook import PLANNERS as OUTLOOK
 from megatron_llep.planner.compiled import compile_planners
 from megatron_llep.validation import refuse_on_all_ranks
 
@@ -44,7 +45,7 @@ def compile_once_per_host(config: LLEPConfig, *, needed: bool) -> bool:
         if needed and dist.get_rank() in turn:
             try:
                 is_cached = compile_planners(
-                    [config.planner],
+                    OUTLOOK if config.observes else (config.planner,),
                     replicas=config.replicas != "none",
                     nodes=config.ranks_per_node is not None or len(firsts) > 1,
                 )

@@ -17,10 +17,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_llep.ahead.model_chunk import ModelChunk
 from megatron_llep.config import LLEPConfig
 from megatron_llep.integration.compile_once import NOT_CACHED, compile_once_per_host
 from megatron_llep.integration.model_groups import find_groups
 from megatron_llep.integration.mtp_layers import number_mtp_layers, with_numbered_mtp
+from megatron_llep.integration.observe import observe_model, observe_spec
 from megatron_llep.integration.replace_layers import replace_moe_layers
 from megatron_llep.integration.settings.notices import NOBODY_TO_LEND_TO, Notices
 from megatron_llep.integration.settings.table import find_built_in, replace_settings
@@ -29,6 +31,7 @@ from megatron_llep.lending.groups import gather_objects
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.shared import SharedLending
 from megatron_llep.metrics import install_tracker
+from megatron_llep.observe.recorder import prepare_recorder
 from megatron_llep.validation import check_layer, check_same_on_all_ranks, refuse_on_all_ranks
 
 
@@ -43,7 +46,8 @@ def with_llep(
 
     Args:
         spec: of a layer, a block of layers (`TransformerBlockSubmodules`) or a hybrid stack.
-        config: LLEP's settings; `enabled=False` returns the specification as it is.
+        config: LLEP's settings; `enabled=False` returns the specification as it is. With
+            `planner="observe"` the layers stay Megatron's, and their routers are counted.
         pg_collection: the groups that the model will be built with. Default: Megatron's global
             ones.
 
@@ -52,6 +56,8 @@ def with_llep(
     """
     if not _all_agree(config, "with_llep"):
         return spec
+    if config.observes:
+        return observe_spec(spec, config, pg_collection)
     shared, notices = SharedLending(), Notices()
     replaced, groups, refusal = spec, [], None
     try:
@@ -67,6 +73,7 @@ def with_llep(
     except ValueError as error:
         refusal = str(error)
     refuse_on_all_ranks(refusal)
+    shared.recorder = prepare_recorder(config, [(each, None) for each in groups])
     if not compile_once_per_host(config, needed=bool(groups)):
         notices.add([NOT_CACHED])
     install_tracker()
@@ -92,7 +99,8 @@ def convert_model(
 
     Args:
         model: the model chunks of this rank's pipeline stage.
-        config: LLEP's settings; `enabled=False` changes nothing.
+        config: LLEP's settings; `enabled=False` changes nothing. With `planner="observe"` the
+            layers stay Megatron's, and their routers are counted.
         pg_collection: the model's process groups. Default: those that it was built with, else
             Megatron's global ones.
         progress: told by the layers where this rank is; a caller adds it to errors of training.
@@ -107,6 +115,9 @@ def convert_model(
     """
     chunks, notices = list(model), notices or Notices()
     if not _all_agree(config, "convert_model"):
+        return chunks
+    if config.observes:
+        observe_model(chunks, config, pg_collection)
         return chunks
     found: list[tuple[MoELayer, ProcessGroupCollection]] = []
     refusal, is_alone = None, False
@@ -124,10 +135,12 @@ def convert_model(
                 except ValueError as error:
                     refusal = refusal or f"{error} ({name or 'the layer'} of chunk {number})"
     refuse_on_all_ranks(refusal)
+    recorder = prepare_recorder(config, [(groups, layer.config) for layer, groups in found])
     if not compile_once_per_host(config, needed=bool(found)):
         notices.add([NOT_CACHED])
     install_tracker()
     shared = SharedLending(progress)
+    shared.recorder = recorder
     shared.prepare_groups(
         [groups for _, groups in found], join_replicas=config.replicas == "expert-dp"
     )
@@ -143,6 +156,8 @@ def convert_model(
     notices.tell()
     for layer, groups in found:
         LLEPMoELayer.convert(layer, llep=config, shared=shared, pg_collection=groups)
+    for chunk in chunks:
+        ModelChunk.join([each for each in chunk.modules() if isinstance(each, LLEPMoELayer)])
     number_mtp_layers(chunks)
     return chunks
 

@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_llep.layer import LLEPMoELayer
+from megatron_llep.observe.watch import find_hook
 
 
 class NumberedMTPLayer(MultiTokenPredictionLayer):
@@ -27,6 +29,7 @@ def number_mtp_layers(chunks: Iterable[torch.nn.Module]) -> None:
     """Number LLEP's layers in multi-token prediction, from 1, over all its depths.
 
     Their routers keep Megatron's numbers, for its own metrics. Those of GPT models are right.
+    Of routers that are observed the hooks are numbered, as nothing of Megatron's is changed.
     """
     for depth in (each for chunk in chunks for each in chunk.modules()):
         pattern = getattr(depth, "mtp_layer_pattern", None)
@@ -37,6 +40,8 @@ def number_mtp_layers(chunks: Iterable[torch.nn.Module]) -> None:
             for module in layer.modules():
                 if isinstance(module, LLEPMoELayer):
                     module.is_mtp_layer, module.layer_number = True, number
+                elif isinstance(module, Router) and (hook := find_hook(module)) is not None:
+                    hook.mtp_number = number
 
 
 def with_numbered_mtp(spec: Any) -> Any:

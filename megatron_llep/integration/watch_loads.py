@@ -78,7 +78,11 @@ class LoadWatch:
         self._received[number].append(None if splits is None else int(sum(splits)))
 
     def note_plan(self, number: int, rank: int, planned: Planned) -> None:
-        """What an LLEP layer has planned to send to this rank, of the ranks that share tokens."""
+        """What an LLEP layer has routed, and planned to send to this rank of those that share.
+
+        A hook on its router would keep it from being planned before it runs.
+        """
+        self._routed[number].append(planned.routing_map.sum(dim=0, dtype=torch.int64))
         self._received[number].append(int(planned.plan.load_per_rank_after[rank]))
 
     def _gather_rows(self) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
@@ -120,14 +124,14 @@ def watch_loads(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[
     with contextlib.ExitStack() as watching:
         for number, layer in enumerate(layers):
             router: Any = layer.router
-            handle = router.register_forward_hook(partial(watch.note_routed, number))
-            watching.callback(handle.remove)
             dispatcher = layer.token_dispatcher
             if isinstance(dispatcher, LLEPTokenDispatcher):
                 listener = partial(watch.note_plan, number, dispatcher.ep_rank)
                 dispatcher.on_plan.append(listener)
                 watching.callback(dispatcher.on_plan.remove, listener)
             else:
+                handle = router.register_forward_hook(partial(watch.note_routed, number))
+                watching.callback(handle.remove)
                 handle = layer.register_forward_hook(partial(watch.note_received, number))
                 watching.callback(handle.remove)
         yield watch

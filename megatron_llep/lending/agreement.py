@@ -10,6 +10,12 @@ import torch.distributed as dist
 from megatron_llep.placement.rank_note import Notes
 
 
+def may_lend(notes: Notes, tp_size: int) -> bool:
+    """Whether no rank refuses, and all have experts of the same form: as `check_experts` checks."""
+    forms = notes.experts.reshape(-1, tp_size)
+    return not notes.refuses.any() and bool((forms == forms[0]).all())
+
+
 def check_experts(
     notes: Notes, experts: str, *, place: str, tp_size: int, group: dist.ProcessGroup
 ) -> None:
@@ -26,10 +32,10 @@ def check_experts(
     Raises:
         ValueError: on all ranks; says who refuses and why, or what differs.
     """
+    if may_lend(notes, tp_size):
+        return
     forms = notes.experts.reshape(-1, tp_size)
     refuses = notes.refuses != 0
-    if not refuses.any() and (forms == forms[0]).all():
-        return
     numbers = dist.get_process_group_ranks(group)
     said = [""] * len(numbers)
     dist.all_gather_object(said, experts, group=group)

@@ -35,8 +35,6 @@ class LoanExchanges:
         *,
         parcel: Parcel,
         fetched: RankTransfers,
-        returned: RankTransfers,
-        width: int,
         group: dist.ProcessGroup,
         shared: SharedLending,
         note_bytes: Callable[[int, int], None],
@@ -46,16 +44,12 @@ class LoanExchanges:
         Args:
             parcel: what travels of each expert.
             fetched: this rank's transfers, in units of parcels.
-            returned: the same, in numbers of the weights: what gradients take back.
-            width: W.
             group: the P ranks.
             shared: says on which stream they run.
             note_bytes: called at each exchange with the bytes this rank sends and receives.
         """
         self._parcel = parcel
         self._fetched = fetched
-        self._returned = returned
-        self._width = width
         self._group = group
         self._shared = shared
         self._note_bytes = note_bytes
@@ -75,23 +69,31 @@ class LoanExchanges:
         return self._start(self._fetch(lent, slots, buffers), [*buffers, *lent.values()])
 
     def start_return(
-        self, grads: torch.Tensor, dtype: torch.dtype
+        self,
+        grads: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        returned: RankTransfers,
+        width: int,
     ) -> tuple[PendingExchanges, torch.Tensor]:
         """Start to send the gradients of foreign experts home.
 
         Args:
             grads: [F * W]. Sums of shards take the place of this rank's.
             dtype: in which they travel.
+            returned: this rank's transfers, in numbers of the weights: what gradients take back.
+            width: W.
 
         Returns:
             What is in flight, and [L], what it brings: by the pieces that the fetch sends first.
         """
-        first, *others = (exchange.reverse() for exchange in self._returned.exchanges)
+        first, *others = (exchange.reverse() for exchange in returned.exchanges)
         like = grads.new_empty(0, dtype=dtype)
         buffers = [make_buffers(exchange, like) for exchange in others[::-1]]
         as_they_are = self._arrives_whole() and grads.dtype == dtype
         buffers.append(make_buffers(first, like, outgoing=grads if as_they_are else None))
-        return self._start(self._return(grads, buffers), buffers), buffers[-1][1]
+        steps = self._return(grads, buffers, returned, width)
+        return self._start(steps, buffers), buffers[-1][1]
 
     def _start(
         self, steps: Iterator[dist.Work], buffers: Sequence[tuple[torch.Tensor, ...]]
@@ -122,16 +124,18 @@ class LoanExchanges:
             yield self._exchange(exchange, outgoing, incoming)
             unpack(incoming, exchange.receives, slots, width)
 
-    def _return(self, grads: torch.Tensor, buffers: list[Buffers]) -> Iterator[dist.Work]:
+    def _return(
+        self, grads: torch.Tensor, buffers: list[Buffers], returned: RankTransfers, width: int
+    ) -> Iterator[dist.Work]:
         """The way back of `_fetch`: parts of gradients to those who sum them, then home."""
-        first, *others = (exchange.reverse() for exchange in self._returned.exchanges)
+        first, *others = (exchange.reverse() for exchange in returned.exchanges)
         for exchange, (outgoing, incoming) in zip(others[::-1], buffers[:-1], strict=True):
-            pack(grads, exchange.sends, outgoing, self._width)
+            pack(grads, exchange.sends, outgoing, width)
             yield self._exchange(exchange, outgoing, incoming)
-            add_pieces(incoming, exchange.receives, grads, self._width)
+            add_pieces(incoming, exchange.receives, grads, width)
         outgoing, incoming = buffers[-1]
         if outgoing is not grads:
-            pack(grads, first.sends, outgoing, self._width)
+            pack(grads, first.sends, outgoing, width)
         yield self._exchange(first, outgoing, incoming)
 
     def _exchange(

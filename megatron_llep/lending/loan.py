@@ -97,11 +97,8 @@ class WeightLoan:
         """
         self._plan, self._scatter_from, self._node_size = plan, scatter_from, node_size
         self.natives = natives
-        self.trained = list_trained(trains, len(natives[0])) if torch.is_grad_enabled() else []
-        """Numbers of the weights whose gradients come home: this forward is recorded, and some rank
-        trains them. A frozen weight beside them (of adapters) costs nothing in backward."""
-        self.refetch = refetch
-        """Whether foreign weights are freed after forward and lent again in backward."""
+        self._trains = trains
+        self.attend(refetch=refetch)
         self._grad_dtype = grad_dtype
         self._group = group
         self._shared = shared
@@ -112,6 +109,7 @@ class WeightLoan:
         self._held = 0
         self._grads: ForeignGrads | None = None
         self._pending: PendingExchanges | None = None
+        self._is_continued = False
         self._returned: torch.Tensor | None = None
 
     def __del__(self) -> None:
@@ -120,6 +118,18 @@ class WeightLoan:
         # of like the other buffers, and not used again.
         if self._grads is not None and self._pending is None:
             self._grads.close()
+
+    def attend(self, *, refetch: bool) -> None:
+        """Note on what terms the layer's own forward runs, where its fetch was started before.
+
+        That may have been in a forward that is recorded otherwise.
+        """
+        trained = list_trained(self._trains, len(self.natives[0]))
+        self.trained = trained if torch.is_grad_enabled() else []
+        """Numbers of the weights whose gradients come home: this forward is recorded, and some rank
+        trains them. A frozen weight beside them (of adapters) costs nothing in backward."""
+        self.refetch = refetch
+        """Whether foreign weights are freed after forward and lent again in backward."""
 
     @cached_property
     def lent(self) -> list[int]:
@@ -141,7 +151,7 @@ class WeightLoan:
         """Weights and biases of one expert."""
         return len(self.natives[0])
 
-    @cached_property
+    @property
     def _sizes(self) -> list[int]:
         return [self.natives[0][i].numel() for i in self.trained]
 
@@ -150,18 +160,21 @@ class WeightLoan:
         return Parcel.of(self.natives[0])
 
     @cached_property
-    def _transfers(self) -> RankTransfers:
-        """This rank's, in numbers of the weights that train; what is fetched may be other units."""
-        return self._cut_transfers(sum(self._sizes))
+    def _fetched(self) -> RankTransfers:
+        """This rank's, in units of parcels."""
+        return self._cut_transfers(self._parcel.width)
+
+    @cached_property
+    def _home(self) -> RankTransfers:
+        """The same in numbers of the weights that train: what gradients take back."""
+        width = sum(self._sizes)
+        return self._fetched if width == self._parcel.width else self._cut_transfers(width)
 
     @cached_property
     def _exchanges(self) -> LoanExchanges:
-        as_returned = self._parcel.width == sum(self._sizes)
         return LoanExchanges(
             parcel=self._parcel,
-            fetched=self._transfers if as_returned else self._cut_transfers(self._parcel.width),
-            returned=self._transfers,
-            width=sum(self._sizes),
+            fetched=self._fetched,
             group=self._group,
             shared=self._shared,
             note_bytes=self._note_bytes,
@@ -171,7 +184,7 @@ class WeightLoan:
     def _weights(self) -> torch.Tensor:
         """[F * B] units of foreign weights."""
         return torch.empty(
-            self._transfers.num_foreign * self._parcel.width,
+            self._fetched.num_foreign * self._parcel.width,
             dtype=self._parcel.dtype,
             device=self._device,
         )
@@ -183,11 +196,14 @@ class WeightLoan:
             self._hold(self._weights.nbytes)
             assert self._pending is None
             self._pending = self._exchanges.start_fetch(self.natives, self._weights)
+            self._is_continued = False
 
     def continue_fetch(self) -> None:
-        """Start the second exchange, if the plan has one."""
-        with step("lend.next"):
-            self._advance()
+        """Start the second exchange, if the plan has one and it has not started."""
+        if not self._is_continued:
+            self._is_continued = True
+            with step("lend.next"):
+                self._advance()
 
     def finish_fetch(self) -> None:
         """Wait for the foreign weights."""
@@ -218,6 +234,12 @@ class WeightLoan:
         self._free(self._weights)
         self._hold(0)
 
+    def drop(self) -> None:
+        """Wait for a fetch that no forward came for, and let go of what it brought."""
+        if self._pending is not None:
+            self._finish()
+        self.free_weights()
+
     def drop_weights(self) -> None:
         """Let the foreign weights go after backward, though the graph may stay for a while."""
         if self.refetch:
@@ -246,7 +268,10 @@ class WeightLoan:
             assert self._pending is None
             assert self._grads is not None
             self._pending, self._returned = self._exchanges.start_return(
-                self._grads.flat, self._grad_dtype
+                self._grads.flat,
+                self._grad_dtype,
+                returned=self._home,
+                width=sum(self._sizes),
             )
 
     def continue_return(self) -> None:
@@ -267,9 +292,10 @@ class WeightLoan:
         assert self._grads is not None
         assert returned is not None
         self._grads.close()
-        pieces = self._transfers.exchanges[0].sends
+        pieces = self._home.exchanges[0].sends
+        sizes_of_weights = self._sizes
         for piece, values in zip(pieces, split_pieces(returned, pieces), strict=True):
-            parts = list(find_parts(piece, self._sizes))
+            parts = list(find_parts(piece, sizes_of_weights))
             sizes = [where.stop - where.start for _, where in parts]
             for (i, where), grad in zip(parts, values.split(sizes), strict=True):
                 yield piece.expert, self.trained[i], where, grad

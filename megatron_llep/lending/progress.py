@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_llep.placement.counting import ASTRAY
 from megatron_llep.planner import Plan
 
 _TRAINING, _RECORDED, _AGAIN, _MTP = 1, 2, 4, 8
 _LAYER_SHIFT, _COUNT_SHIFT, _MARK_BITS = 4, 20, 63
+_MULTIPLIER = 6364136223846793005  # odd and large: another order of plans is another number
 
 
 class Progress:
@@ -24,6 +26,7 @@ class Progress:
         for, and how many there were before. Equal on ranks that share tokens."""
         self._planned_in = self._place
         self._last_plan: Plan | None = None
+        self._planned_before = 0
 
     def enter(self, place: str) -> None:
         """Note what begins now."""
@@ -54,14 +57,25 @@ class Progress:
         self.enter(f"forward of {place}")
         return place
 
-    def note_plan(self, plan: Plan) -> None:
-        """Note what was planned here: its digest goes out with the next counts."""
-        self._last_plan, self._planned_in = plan, self._place
+    def note_plan(self, plan: Plan, ahead_of: str | None = None) -> None:
+        """Note what was planned: its digest goes out with the next counts.
+
+        Args:
+            plan: of the forward that this rank is in.
+            ahead_of: a layer, if it was planned for one that comes later, from counts gathered
+                before. Then the digest stands for the plans before this one as well.
+        """
+        self._planned_before = 0 if ahead_of is None else self.last_plan
+        self._last_plan = plan
+        self._planned_in = self._place if ahead_of is None else f"forward of {ahead_of}, or before"
 
     @property
     def last_plan(self) -> int:
-        """Digest of the last plan; 0 before the first."""
-        return self._last_plan.digest if self._last_plan is not None else 0
+        """Digest of the plans since the last count; 0 before the first."""
+        if self._last_plan is None:
+            return 0
+        number = self._planned_before * _MULTIPLIER + self._last_plan.digest
+        return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
     def compare_plans(self, group: dist.ProcessGroup) -> None:
         """Check at once that all ranks of the group made the same plan; on the host, over gloo.
@@ -101,6 +115,26 @@ class Progress:
             "compare these between the ranks"
         )
 
+    def check_foretold(self, known_ahead: Sequence[int], group: dist.ProcessGroup) -> None:
+        """Check that no rank's layers were routed otherwise than it had foretold.
+
+        Args:
+            known_ahead: [R], as they sent it.
+            group: these sources.
+
+        Raises:
+            RuntimeError: on all ranks alike; says on which, and the way out.
+        """
+        astray = _group_ranks(known_ahead, group).get(ASTRAY)
+        if astray is None:
+            return
+        raise RuntimeError(
+            f"megatron_llep: on ranks {astray} a router did not choose the experts that it was set "
+            "to replay, from which its layer had been planned, so results of the forward before "
+            "this one are wrong. Something changes what Megatron's routers choose: give "
+            "--moe-llep-plan-ahead off"
+        )
+
     def check_marks(self, marks: Sequence[int], group: dist.ProcessGroup) -> None:
         """Check that all ranks are in the same forward.
 
@@ -134,6 +168,11 @@ class Progress:
             if note not in getattr(error, "__notes__", ()):
                 error.add_note(note)
             raise
+
+
+def is_in_backward() -> bool:
+    """Whether autograd is at work: a forward within it is a recomputed one, whoever recomputes."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def name_layer(number: int, is_mtp: bool) -> str:

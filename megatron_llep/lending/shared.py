@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from megatron_llep.lending.memory import ForeignMemory
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.replicas import GroupRanks, join_all, read_ranks
 from megatron_llep.lending.side_stream import SideStream
+
+if TYPE_CHECKING:
+    from megatron_llep.observe.recorder import Recorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class SharedLending:
         self.lends = True
         """Whether this rank agrees to lend; all ranks learn it with the counts."""
         self.progress = progress or Progress()
+        self.recorder: Recorder | None = None
+        """Of what the layers route, where it is recorded."""
         self._streams: dict[torch.device, SideStream] = {}
         self._joins_replicas = False
         self._ranks: dict[GroupRanks, GroupRanks] = {}

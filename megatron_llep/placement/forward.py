@@ -4,7 +4,7 @@ Letters: T tokens of this rank, E experts, D replicas of each (1, unless tokens 
 replicas), P ranks that share the tokens, M native slots a rank, R sources (these ranks, and their
 expert-tensor-parallel ranks).
 
-    route        Routed   the routing, counts on their way to the host
+    route        Routed   the routing, counts on their way to the host, or the plan
     preprocess   Planned  the plan, the loan it asks for, and what starts it
                  Placed   the order in which tokens are sent, and what comes back
     dispatch, compute, combine, postprocess hand Placed on
@@ -16,7 +16,7 @@ returns and the next one takes: on its storage, which is the same when a schedul
 tensor in between.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,34 +30,12 @@ from megatron_llep.planner import Plan, load_per_rank
 
 if TYPE_CHECKING:
     from megatron_llep.lending.loan import WeightLoan
-    from megatron_llep.lending.parcel import Weights
+    from megatron_llep.lending.offer import Offer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Routed:
-    """What is known when a layer's router has chosen."""
-
-    routing_map: torch.Tensor
-    """bool [T, E]."""
-    table: CountTable
-    """All ranks' counts, on their way to the host."""
-    pairs: Pairs
-    """This rank's, listed while the counts travel."""
-    place: str = "a layer"
-    """Which layer and micro-batch this is, in words."""
-    experts: str = ""
-    """What this rank's experts are made of, or why it refuses them (`lending.agreement`)."""
-    natives: "Sequence[Weights]" = ()
-    """M experts' weights."""
-    weight_waits: Sequence[Callable[[], object]] = ()
-    """To be called before the weights are read."""
-    shared_output: torch.Tensor | None = None
-    """[..., H] of shared experts that the layer computes beside the routed ones."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Planned(Routed):
-    """What all ranks know and have decided alike, before a layer's tokens move."""
+class Decision:
+    """What all ranks know and have decided alike."""
 
     counts: np.ndarray
     """int64 [R, D * E], tokens from each source to each replica of each expert."""
@@ -66,6 +44,44 @@ class Planned(Routed):
     trains: int
     """Which weights of its experts some rank needs gradients of, a bit for each; 0 if none."""
     plan_seconds: float
+
+
+@dataclass(kw_only=True, eq=False)
+class Ahead:
+    """What was done for a layer before it ran: its routing was known (`ahead.model_chunk`)."""
+
+    decision: Decision
+    offer: "Offer"
+    loan: "WeightLoan | None" = None
+    """On its way, if the plan lends anything."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Routed:
+    """What is known when a layer's router has chosen."""
+
+    routing_map: torch.Tensor
+    """bool [T, E]."""
+    table: CountTable | None
+    """All ranks' counts, on their way to the host; None where the plan is made."""
+    pairs: Pairs
+    """This rank's, listed while the counts travel."""
+    offer: "Offer"
+    """What this rank has to lend."""
+    ahead: Ahead | None = None
+    """The plan, and what it lends, where they are there before."""
+    place: str = "a layer"
+    """Which layer and micro-batch this is, in words."""
+    shared_output: torch.Tensor | None = None
+    """[..., H] of shared experts that the layer computes beside the routed ones."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Planned(Decision, Routed):
+    """What is known before a layer's tokens move."""
+
+    known_ahead: int = 0
+    """Layers behind this one whose counts all ranks know."""
     loan: "WeightLoan | None" = None
     """Of the experts that this rank lends and borrows; None where nothing is lent."""
     meanwhile: Callable[[], None] | None = None
@@ -77,6 +93,12 @@ class Planned(Routed):
         E = self.routing_map.shape[1]
         counts = self.counts.reshape(len(self.counts), -1, E)
         return load_per_rank(counts.sum(axis=1), counts.shape[1], self.plan.num_ranks)
+
+    @property
+    def expert_tokens(self) -> np.ndarray:
+        """[E], tokens of each expert, mean over the D groups whose replicas share tokens."""
+        E = self.routing_map.shape[1]
+        return self.counts.sum(axis=0).reshape(-1, E).mean(axis=0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -32,7 +32,7 @@ def make_plan(
     imbalance_threshold: float | None = None,
     tolerance: float = 0.05,
     topology: Topology = ONE_NODE,
-    prices: Prices = USUAL_PRICES,
+    prices: Prices | None = None,
     cost: "LayerCost | None" = None,
 ) -> Plan:
     """Plan one layer of one micro-batch. Every rank gets the same plan from the same counts.
@@ -55,8 +55,8 @@ def make_plan(
             predicts instead whether lending pays.
         tolerance: `tolerant` lets the largest load exceed the mean by this part of it.
         topology: the nodes of the P ranks; one node by default.
-        prices: of loans between nodes.
-        cost: the machine and the layer; `auto` only, which needs it.
+        prices: of loans between nodes; None: those of the layer of `cost`, or usual ones.
+        cost: the machine and the layer; `auto` needs it.
 
     Raises:
         ValueError: an argument is out of range; the message says which and what is allowed.
@@ -83,6 +83,8 @@ def make_plan(
 
     counts = np.ascontiguousarray(counts, np.int64)
     predicts = planner == "auto"
+    if prices is None:
+        prices = USUAL_PRICES if cost is None else cost.shape.prices
 
     def run(planner: str, tolerance: float = tolerance) -> Plan:
         return plan_counts(

@@ -68,7 +68,7 @@ def say_what_runs(args: Namespace, llep: LLEPConfig) -> tuple[Namespace, list[st
         The copy, and the notices.
     """
     copied = Namespace(**vars(args))
-    if not llep.enabled or args.expert_model_parallel_size == 1:
+    if not llep.replaces or args.expert_model_parallel_size == 1:
         return copied, []
     if args.cuda_graph_modules:
         copied.cuda_graph_modules = list(args.cuda_graph_modules)  # or the user's would change

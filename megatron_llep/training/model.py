@@ -34,7 +34,7 @@ def build_model_config(args: Namespace, llep: LLEPConfig, progress: Progress) ->
         config.pre_wrap_hooks.append(trace_hook(args))
     notices = Notices()
     notices.add(replaced)
-    if llep.enabled and args.expert_model_parallel_size > 1:
+    if llep.replaces and args.expert_model_parallel_size > 1:
         replace_in_loop(args)
     config.pre_wrap_hooks.append(
         partial(convert_model, config=llep, progress=progress, notices=notices)

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["bench_layer", "compare_planners", "expert_gemm", "host_time", "plan_time"]
+NAMES = [
+    "bench_layer",
+    "compare_planners",
+    "expert_gemm",
+    "host_time",
+    "observe_cost",
+    "plan_time",
+    "view_time",
+]
 # All in one process, up to their last line; then what they import later, with the device chosen.
 START = {
     "module": "runpy.run_module('benchmarks.' + name)",

@@ -25,8 +25,10 @@ FLAGS = [
     "--moe-llep-dispatcher",
     "--moe-llep-foreign-weights",
     "--moe-llep-grad-dtype",
+    "--moe-llep-plan-ahead",
     "--moe-llep-expert-gemm",
     "--moe-llep-scatter-from",
+    "--moe-llep-record",
 ]
 
 
@@ -58,7 +60,8 @@ def test_every_flag_is_read():
         *("--moe-llep-max-foreign-experts", "3", "--moe-llep-token-assignment", "rank_order"),
         *("--moe-llep-foreign-weights", "refetch", "--moe-llep-grad-dtype", "param"),
         *("--moe-llep-replicas", "expert-dp", "--moe-llep-expert-gemm", "grouped_mm"),
-        *("--moe-llep-scatter-from", "2"),
+        *("--moe-llep-scatter-from", "2", "--moe-llep-record", "here"),
+        *("--moe-llep-plan-ahead", "off"),
     )
     assert given == LLEPConfig(
         planner="lla",
@@ -67,6 +70,7 @@ def test_every_flag_is_read():
         imbalance_threshold=2.0,
         replicas="expert-dp",
         max_foreign_experts=3,
+        plan_ahead="off",
         tolerance=0.2,
         ranks_per_node=4,
         lend_to="own_node",
@@ -76,6 +80,7 @@ def test_every_flag_is_read():
         grad_dtype="param",
         expert_gemm="grouped_mm",
         scatter_from=2,
+        record="here",
     )
 
 
@@ -103,6 +108,7 @@ def test_every_flag_is_read():
         ("max_foreign_experts", -1),
         ("scatter_from", -1),
         ("scatter_from", 1),
+        ("record", ""),
     ],
 )
 def test_bad_values_name_flag_value_and_remedy(field, value):
@@ -111,3 +117,8 @@ def test_bad_values_name_flag_value_and_remedy(field, value):
     assert str(error.value).startswith(f"{flag_of(field)} {value}: ")
     with pytest.raises(ValueError, match=flag_of(field)):
         parse(f"{flag_of(field)}={value}")
+
+
+def test_nothing_is_recorded_without_llep():
+    with pytest.raises(ValueError, match=r"--moe-llep-record here: .*observe"):
+        parse("--moe-llep-record", "here")

@@ -247,7 +247,8 @@ _ROWS = (
     ),
     (
         "`--moe-enable-routing-replay`",
-        "the replayed routing is obeyed, also where a token names an expert twice",
+        "the replayed routing is obeyed, also where a token names an expert twice; later layers' "
+        "counts are exchanged at once, and experts lent a layer ahead (`--moe-llep-plan-ahead`)",
     ),
     (
         "`--mtp-num-layers`",

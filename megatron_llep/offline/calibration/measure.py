@@ -6,6 +6,7 @@ On CPUs two processes, each with one thread on a core of its own, talk over gloo
 one or two, over NCCL. Every figure is the median of repeats on the slowest rank.
 """
 
+import itertools
 import os
 import statistics
 import time
@@ -18,6 +19,10 @@ import torch.distributed as dist
 
 from megatron_llep.offline.calibration.fit import ExpertTiming, TransferTiming
 from megatron_llep.offline.ranks import run_ranks
+
+CACHE_BYTES = 2**28
+"""More than what a core or a GPU finds in its caches."""
+_MOST_EXPERTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +105,10 @@ def _measure_rank(rank: int, store: Path, world: int, sizes: Sizes) -> Measureme
     clock = _Clock(device, sizes.repeats)
     found = Measurements(
         experts=[
-            _time_expert(clock, n, h, f, sizes.dtype)
-            for h, f in sizes.experts
+            _time_expert(clock, n, experts)
+            for experts in (
+                _make_experts(clock.device, h, f, sizes.dtype) for h, f in sizes.experts
+            )
             for n in sizes.tokens
         ],
         copy_bytes_per_second=_time_copy(clock, sizes),
@@ -153,18 +160,48 @@ class _Clock:
             torch.cuda.synchronize()
 
 
-def _time_expert(clock: _Clock, n: int, h: int, f: int, dtype: torch.dtype) -> ExpertTiming:
-    """A gated MLP, as an expert computes it, with its weights' gradients."""
-    hidden = torch.randn(n, h, device=clock.device, dtype=dtype, requires_grad=True)
-    probs = torch.rand(n, 1, device=clock.device, dtype=dtype)
-    fc1 = torch.nn.Linear(h, 2 * f, bias=False, device=clock.device, dtype=dtype)
-    fc2 = torch.nn.Linear(f, h, bias=False, device=clock.device, dtype=dtype)
+@dataclass(frozen=True, kw_only=True)
+class _Expert:
+    """A gated MLP whose weights have gradients, to which each backward adds."""
+
+    fc1: torch.nn.Linear
+    fc2: torch.nn.Linear
+
+    @classmethod
+    def make(cls, device: torch.device, h: int, f: int, dtype: torch.dtype) -> "_Expert":
+        fc1 = torch.nn.Linear(h, 2 * f, bias=False, device=device, dtype=dtype)
+        fc2 = torch.nn.Linear(f, h, bias=False, device=device, dtype=dtype)
+        for each in (fc1, fc2):
+            each.weight.grad = torch.zeros_like(each.weight)
+        return cls(fc1=fc1, fc2=fc2)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of weights and gradients."""
+        return 2 * (self.fc1.weight.nbytes + self.fc2.weight.nbytes)
+
+
+def _make_experts(device: torch.device, h: int, f: int, dtype: torch.dtype) -> list[_Expert]:
+    """As many as no cache holds, as in a layer: each finds its weights in memory."""
+    first = _Expert.make(device, h, f, dtype)
+    others = min(max(CACHE_BYTES // first.num_bytes, 1), _MOST_EXPERTS)
+    return [first, *(_Expert.make(device, h, f, dtype) for _ in range(others))]
+
+
+def _time_expert(clock: _Clock, n: int, experts: list[_Expert]) -> ExpertTiming:
+    """One after another of like experts, as one computes n tokens, with its weights' gradients."""
+    first = experts[0].fc2.weight
+    h, f = first.shape
+    hidden = torch.randn(n, h, device=clock.device, dtype=first.dtype, requires_grad=True)
+    probs = torch.rand(n, 1, device=clock.device, dtype=first.dtype)
     grad = torch.randn_like(hidden)
+    turn = itertools.cycle(experts)
     outputs = []
 
     def forward() -> None:
-        gate, up = fc1(hidden).chunk(2, dim=-1)
-        outputs.append(fc2(torch.nn.functional.silu(gate) * up * probs))
+        expert = next(turn)
+        gate, up = expert.fc1(hidden).chunk(2, dim=-1)
+        outputs.append(expert.fc2(torch.nn.functional.silu(gate) * up * probs))
 
     def backward() -> None:
         outputs.pop().backward(grad)

@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_llep.config import OBSERVE
 from megatron_llep.offline.check.parse import FlagReader, Parsed
 from megatron_llep.offline.launch.flags import Flags, read_value
 
@@ -39,8 +40,8 @@ def judge(flags: Flags, reader: FlagReader) -> CaseVerdict:
     _assume(args, parsed.open)
     source = read_arguments_as_config(args)
     refused = list(_find_refusals(args))
-    alone = args.expert_model_parallel_size == 1
-    notices = [] if alone else find_notices(source, args.moe_llep_dispatcher)
+    nobody_lends = args.expert_model_parallel_size == 1 or args.moe_llep_planner == OBSERVE
+    notices = [] if nobody_lends else find_notices(source, args.moe_llep_dispatcher)
     untried = list(_find_untried(parsed.given))
     named = {line.split(":")[0].split()[0] for line in (*refused, *notices, *untried)}
     return CaseVerdict(

@@ -9,7 +9,9 @@ COMMANDS = {
     "check": "say of a training configuration what LLEP accepts, replaces and refuses",
     "plan": "show one plan: which rank computes what, who lends to whom",
     "simulate": "predict time, memory and traffic of a model under plain EP and each planner",
+    "tune": "find the best settings for the routing of a run, or say to leave it off",
     "calibrate": "measure this machine, for planner auto and for simulate",
+    "view": "show a recording of a run's routing on one page: imbalance, loans, times, drift",
     "doctor": "say what is installed, what is supported, and how to mend what is broken",
 }
 

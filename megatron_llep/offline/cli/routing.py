@@ -16,7 +16,9 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace",
         type=Path,
         metavar="FOLDER",
-        help="instead of a workload: what a run with --moe-routing-trace-path wrote",
+        help="instead of a workload: what a run with --moe-llep-record or "
+        "--moe-routing-trace-path wrote; ranks and experts follow from a recording, and its "
+        "ranks may be split evenly into a multiple",
     )
     parser.add_argument(
         "--repeat-experts",

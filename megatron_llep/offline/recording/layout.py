@@ -45,6 +45,11 @@ class RecordingInfo:
     """What the cost model asks of a layer (`LayerShape`), as far as the run knows it."""
     version: int = VERSION
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Ranks, experts, experts a token, layers: the same in all that is one run."""
+        return self.num_ranks, self.num_experts, self.top_k, self.num_layers
+
     def encode(self) -> bytes:
         """As JSON."""
         return json.dumps(dataclasses.asdict(self)).encode()

@@ -60,10 +60,10 @@ class Recording:
                 raise ValueError(
                     f"{path} cannot be read as a piece of a recording ({error}): remove it"
                 ) from error
-            if info is not None and _sizes(of_piece) != _sizes(info):
+            if info is not None and of_piece.sizes != info.sizes:
                 raise ValueError(
-                    f"{path} is of another run than {pieces[0].name}: {_sizes(of_piece)} ranks, "
-                    f"experts, experts a token and layers, not {_sizes(info)}; record each run in "
+                    f"{path} is of another run than {pieces[0].name}: {of_piece.sizes} ranks, "
+                    f"experts, experts a token and layers, not {info.sizes}; record each run in "
                     "a folder of its own"
                 )
             info = of_piece
@@ -156,7 +156,3 @@ class _Loaded:
                 self._columns.pop(next(iter(self._columns)))
         self._columns[piece] = found  # the last of them
         return found
-
-
-def _sizes(info: RecordingInfo) -> tuple[int, int, int, int]:
-    return info.num_ranks, info.num_experts, info.top_k, info.num_layers

@@ -3,12 +3,11 @@
 Rows go through a bounded queue to a thread, which writes a piece when it has enough of them or has
 had them long enough. A piece is written under another name first, so that no reader and no crash
 ever sees half of one. Where the disk is slower than the training for long, the training waits:
-memory is bounded and nothing is left out.
+memory is bounded and nothing is left out. It does not wait for ever, as a disk may hang.
 """
 
 import os
 import queue
-import re
 import threading
 import time
 from pathlib import Path
@@ -17,13 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_llep.offline.recording.folder import check_writable, find_last_step, find_next_number
 from megatron_llep.offline.recording.layout import RecordedLayer, RecordingInfo, make_schema
 
 PIECE_BYTES = 16 * 2**20
 """Of counts, as int32, after which a piece is written."""
 PIECE_SECONDS = 30.0
 """After which a piece is written in any case: what a killed run loses at most."""
-QUEUED_ROWS = 4096
+QUEUED_BYTES = 64 * 2**20
+"""Of counts that wait for the thread, and at most so many rows."""
+QUEUED_ROWS = 16384
+STALL_SECONDS = 60.0
+"""For which training waits at most for a disk that takes nothing."""
 
 _COUNTS, _LENT = "counts.list.element", "lent.list.element"
 _ENCODING = {
@@ -51,6 +55,7 @@ class RecordingWriter:
         *,
         piece_bytes: int = PIECE_BYTES,
         piece_seconds: float = PIECE_SECONDS,
+        stall_seconds: float = STALL_SECONDS,
     ):
         """Start the thread.
 
@@ -60,6 +65,7 @@ class RecordingWriter:
             name: of this writer among those of the folder: letters, digits and dashes.
             piece_bytes: see `PIECE_BYTES`.
             piece_seconds: see `PIECE_SECONDS`.
+            stall_seconds: see `STALL_SECONDS`.
 
         Raises:
             ValueError: the folder cannot be written to, or is of another run.
@@ -67,19 +73,14 @@ class RecordingWriter:
         self._folder, self._name = Path(folder), name
         self._schema = make_schema(info)
         self._limits = (piece_bytes, piece_seconds)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._number = _next_number(self._folder)
-            probe = self._folder / f".{name}.probe"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(
-                f"--moe-llep-record {folder}: {error.strerror}; give a folder that every rank can "
-                "write to"
-            ) from error
-        self._rows: queue.Queue[RecordedLayer | threading.Event | None] = queue.Queue(QUEUED_ROWS)
-        self._failure: OSError | None = None
+        self._stall_seconds = stall_seconds
+        check_writable(self._folder)
+        find_last_step(self._folder, info)  # refuses another run's
+        self._number = find_next_number(self._folder)
+        fitting = QUEUED_BYTES // (8 * info.num_ranks * info.num_experts)
+        queued = max(16, min(QUEUED_ROWS, fitting))
+        self._rows: queue.Queue[RecordedLayer | threading.Event | None] = queue.Queue(queued)
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
         self._thread.start()
 
@@ -87,31 +88,54 @@ class RecordingWriter:
         """Hand a row to the thread.
 
         Raises:
-            RuntimeError: the thread could not write an earlier one.
+            RuntimeError: the thread could not write an earlier one, or takes none for long.
         """
         self._check()
-        self._rows.put(row)
+        self._put(row)
 
     def flush(self) -> None:
-        """Wait until all rows so far are on disk."""
+        """Wait until all rows so far are on disk.
+
+        Raises:
+            RuntimeError: as `add`.
+        """
         done = threading.Event()
-        self._rows.put(done)
-        done.wait()
+        self._put(done)
+        if not done.wait(self._stall_seconds):
+            raise self._stalled()
         self._check()
 
     def close(self) -> None:
-        """Write what is left, and end the thread."""
-        if self._thread.is_alive():
-            self._rows.put(None)
-            self._thread.join()
+        """Write what is left, and end the thread.
+
+        Raises:
+            RuntimeError: as `add`.
+        """
+        if self._thread.is_alive():  # not in a forked process, which has no such thread
+            self._put(None)
+            self._thread.join(self._stall_seconds)
+            if self._thread.is_alive():
+                raise self._stalled()
         self._check()
+
+    def _put(self, item: RecordedLayer | threading.Event | None) -> None:
+        try:
+            self._rows.put(item, timeout=self._stall_seconds)
+        except queue.Full:
+            raise self._stalled() from None
 
     def _check(self) -> None:
         if self._failure is not None:
             raise RuntimeError(
-                f"--moe-llep-record {self._folder}: {self._failure.strerror}; make room there, or "
-                "train without it"
+                f"--moe-llep-record {self._folder}: {self._failure}; make room there, or train "
+                "without it"
             ) from self._failure
+
+    def _stalled(self) -> RuntimeError:
+        return RuntimeError(
+            f"--moe-llep-record {self._folder}: nothing could be written for "
+            f"{self._stall_seconds:.0f} s; see to the disk, or train without it"
+        )
 
     def _run(self) -> None:
         """Take rows until there is a None."""
@@ -133,7 +157,7 @@ class RecordingWriter:
             try:
                 if rows and self._failure is None:
                     self._write(rows)
-            except OSError as error:
+            except Exception as error:  # whatever it is, `add` must not wait for a dead thread
                 self._failure = error
             rows, held = [], 0
             if row is None:
@@ -170,13 +194,3 @@ def _make_lists(arrays: list[np.ndarray]) -> pa.ListArray:
     ends = np.cumsum([0, *(array.size for array in arrays)], dtype=np.int32)
     values = np.concatenate([array.ravel() for array in arrays]).astype(np.int32)
     return pa.ListArray.from_arrays(ends, values)
-
-
-def _next_number(folder: Path) -> int:
-    """Above those of all pieces that are there."""
-    numbers = [
-        int(match[1])
-        for path in folder.glob("*.parquet")
-        if (match := re.match(r"(\d+)-", path.name))
-    ]
-    return max(numbers, default=-1) + 1

@@ -73,10 +73,15 @@ def count_gdn_weights(args: Mapping[str, Any]) -> int:
     return args["hidden-size"] * (2 * key + 2 * value + 2 * value_heads + value)
 
 
-def _count_moe_layers(frequency: int | str, layers: int) -> int:
-    """Megatron's --moe-layer-freq: every n-th layer, or a pattern such as ([0]*3+[1]*58)."""
+def _count_moe_layers(frequency: int | str | list[int], layers: int) -> int:
+    """Megatron's --moe-layer-freq: every n-th layer, or a pattern such as ([0]*3+[1]*58).
+
+    A list is what Megatron reads from the latter.
+    """
     if isinstance(frequency, int):
         return len(range(0, layers, frequency))
+    if isinstance(frequency, list):
+        return sum(frequency)
     runs = re.findall(r"\[([01])\]\*(\d+)", frequency)
     if sum(int(n) for _, n in runs) != layers:
         raise ValueError(f"--moe-layer-freq={frequency}: write ([0]*3+[1]*58) for {layers} layers")

@@ -3,9 +3,9 @@
 The built-in ones are those that the LLEP paper measures; their files in configs/ name the sources.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_llep.offline.simulator.layers import (
     count_attention_weights,
@@ -14,6 +14,9 @@ from megatron_llep.offline.simulator.layers import (
     count_mamba_weights,
 )
 from megatron_llep.planner.cost.model import LayerShape
+
+if TYPE_CHECKING:
+    from megatron_llep.offline.recording import Recording
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,13 @@ class ModelShape:
     """Of one micro-batch, where nothing else is asked for."""
 
 
-def _make_model(name: str, args: dict[str, Any], tokens_per_rank: int) -> ModelShape:
-    """Read a model's shape from Megatron's flags (without dashes in front)."""
+def make_model(name: str, args: dict[str, Any], tokens_per_rank: int) -> ModelShape:
+    """Read a model's shape from Megatron's flags (without dashes in front).
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: as `count_layers`.
+    """
     hidden, E = args["hidden-size"], args["num-experts"]
     layers = count_layers(args)
     latent = args.get("moe-latent-size") or 0  # there tokens travel, and experts compute
@@ -72,7 +80,7 @@ def _keys_per_token(args: dict[str, Any]) -> float:
     causal = args["seq-length"] / 2
     if "window-size" not in args:
         return causal
-    window = int(str(args["window-size"]).split(",")[0]) + 1
+    window = int(str(args["window-size"]).strip("()[]").split(",")[0]) + 1
     every = args["window-attn-skip-freq"]  # every so many layers one has no window
     return causal / every + min(window, causal) * (every - 1) / every
 
@@ -122,10 +130,33 @@ _KIMI_K2 = _DEEPSEEK_V3 | {
 
 # Tokens a rank: what the LLEP paper measures with.
 MODELS: dict[str, ModelShape] = {
-    "gpt-oss-120b": _make_model("gpt-oss-120b", _GPT_OSS_120B, 32768),
-    "deepseek-v3": _make_model("deepseek-v3", _DEEPSEEK_V3, 16384),
-    "kimi-k2": _make_model("kimi-k2", _KIMI_K2, 16384),
+    "gpt-oss-120b": make_model("gpt-oss-120b", _GPT_OSS_120B, 32768),
+    "deepseek-v3": make_model("deepseek-v3", _DEEPSEEK_V3, 16384),
+    "kimi-k2": make_model("kimi-k2", _KIMI_K2, 16384),
 }
+
+
+def model_of_recording(recording: "Recording") -> ModelShape:
+    """What a recording knows of its model: the layers, and of the rest as much as the run knew.
+
+    Raises:
+        ValueError: it does not know the layers; names the way out.
+    """
+    info = recording.info
+    names = {field.name for field in fields(LayerShape)}
+    sizes = {name: value for name, value in info.model.items() if name in names}
+    try:
+        layer = LayerShape(**sizes | {"num_experts": info.num_experts, "top_k": info.top_k})
+    except TypeError as error:
+        raise ValueError(
+            f"{recording.folder} does not say how large its layers are ({error}): give --model"
+        ) from error
+    return ModelShape(
+        name=recording.folder.resolve().name,
+        moe_layers=len(recording.layers),
+        layer=layer,
+        other_flops_per_token=info.model.get("other_flops_per_token", 0.0),
+    )
 
 
 def get_model(name_or_path: str) -> ModelShape:
@@ -152,6 +183,6 @@ def get_model(name_or_path: str) -> ModelShape:
     flags = load_config(path)["MODEL_ARGS"]
     args: dict[str, Any] = {flag.removeprefix("--"): value for flag, value in flags.items()}
     try:
-        return _make_model(path.stem, args, args["seq-length"] * args.get("micro-batch-size", 1))
+        return make_model(path.stem, args, args["seq-length"] * args.get("micro-batch-size", 1))
     except KeyError as error:
         raise ValueError(f"model {path}: {error} is missing") from error

@@ -1,4 +1,4 @@
-"""What planner auto knows about a layer of Megatron's: its shape, and the machine it runs on."""
+"""What the cost model knows about a layer of Megatron's: its shape, and the machine it runs on."""
 
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,19 @@ _FP8_BYTES = {"tensorwise": 1, "blockwise": 1, "mxfp8": 2}
 are 1/32 of that at most, are left out."""
 
 
+def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost | None:
+    """The cost of a model's MoE layers, as one rank holds them; None without a cost model.
+
+    Raises:
+        ValueError: the cost model cannot be read.
+    """
+    if llep.cost_model is None:
+        return None
+    return LayerCost(model=get_cost_model(llep.cost_model), shape=get_layer_shape(config, llep))
+
+
 def get_layer_shape(config: "TransformerConfig", llep: "LLEPConfig") -> LayerShape:
-    """The sizes of a model's MoE layers, as one rank holds them."""
+    """A model's MoE layers, as one rank holds them."""
     weight_bytes = config.params_dtype.itemsize
     gradient_bytes = weight_bytes if llep.grad_dtype == "param" else max(4, weight_bytes)
     refetch = llep.foreign_weights == "refetch" or (
@@ -35,14 +46,3 @@ def get_layer_shape(config: "TransformerConfig", llep: "LLEPConfig") -> LayerSha
         refetch=refetch,
         scatter_from=llep.scatter_from,
     )
-
-
-def get_layer_cost(config: "TransformerConfig", llep: "LLEPConfig") -> LayerCost | None:
-    """The cost of a model's MoE layers; None without a cost model.
-
-    Raises:
-        ValueError: the cost model cannot be read.
-    """
-    if llep.cost_model is None:
-        return None
-    return LayerCost(model=get_cost_model(llep.cost_model), shape=get_layer_shape(config, llep))

@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,10 +156,48 @@ def test_what_is_no_recording_is_refused(tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    write(tmp_path, [make_row(0, 0)])
-    write(tmp_path, [make_row(0, 0)], name="b", info=make_info(num_layers=5))
+    first, second = tmp_path / "first", tmp_path / "second"
+    write(first, [make_row(0, 0)])
+    with pytest.raises(ValueError, match=r"--moe-llep-record .* another run"):
+        write(first, [make_row(0, 0)], name="b", info=make_info(num_layers=5))
+    write(second, [make_row(0, 0)], name="b", info=make_info(num_layers=5))
+    (piece,) = second.iterdir()
+    piece.rename(first / piece.name)
     with pytest.raises(ValueError, match="another run"):
-        Recording.open(tmp_path)
+        Recording.open(first)
+
+
+def add_many(writer):
+    """More than are held for the thread."""
+    row = make_row(0, 0)
+    for _ in range(20_000):
+        writer.add(row)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), pa.ArrowInvalid("?")])
+def test_a_writer_that_fails_says_so_and_holds_nobody_up(tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(pq, "write_table", fail)
+    writer = RecordingWriter(tmp_path, make_info(), "a", piece_bytes=1)
+    with pytest.raises(RuntimeError, match="--moe-llep-record"):
+        add_many(writer)
+    with pytest.raises(RuntimeError, match="--moe-llep-record"):
+        writer.close()
+
+
+def test_a_disk_that_hangs_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    hangs = threading.Event()
+    monkeypatch.setattr(pq, "write_table", lambda *args, **options: hangs.wait(60))
+    writer = RecordingWriter(tmp_path, make_info(), "a", piece_bytes=1, stall_seconds=0.2)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="nothing could be written"):
+        add_many(writer)
+    with pytest.raises(RuntimeError, match="nothing could be written"):
+        writer.flush()
+    hangs.set()
+    assert time.monotonic() - start < 30
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):

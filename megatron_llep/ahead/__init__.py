@@ -1,0 +1,1 @@
+"""Layers whose routing is known before they run: see `ahead.model_chunk`."""
