@@ -12,6 +12,7 @@ NAMES = [
     "compare_planners",
     "expert_gemm",
     "host_time",
+    "nodes_table",
     "observe_cost",
     "plan_time",
     "view_time",

@@ -1,0 +1,140 @@
+"""What crosses between nodes of 8 ranks under each plan, counted; and how long planning takes.
+
+python benchmarks/nodes_table.py    # prints a table, writes results/nodes.json; two minutes
+
+DeepSeek-V3's layer (256 experts, hidden 7168, ffn 2048, 8 experts a token), bf16 with gradients in
+fp32, forward and backward. Log-normal routing, the same on all nodes, or each node with its own hot
+experts. Tokens stay on their rank, then in their node. Medians over seeds. The busiest node's bytes
+are those of the direction that carries more.
+
+Shape letters: P ranks, E experts, N nodes.
+"""
+
+import itertools
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_llep.offline.report.progress import start_progress
+from megatron_llep.offline.report.results import write_results
+from megatron_llep.offline.report.table import format_table
+from megatron_llep.offline.workloads import make_counts
+from megatron_llep.planner import Plan, Topology, compile_planners, make_plan
+from megatron_llep.planner.cost.model import LayerShape
+from megatron_llep.planner.cost.traffic import count_lending, count_tokens
+
+RESULTS = Path(__file__).parent / "results" / "nodes.json"
+SHAPE = LayerShape(hidden=7168, ffn_hidden=2048, num_experts=256, top_k=8)
+PER_NODE = 8
+NODES = Topology(ranks_per_node=PER_NODE)
+RANKS = (16, 32, 64)
+TOKENS = (4096, 16384)
+SIGMAS = (1, 2)
+SEEDS = range(5)
+ROUNDS = 20
+METHODS: dict[str, dict[str, object]] = {
+    "plain": {"planner": "exact", "max_foreign": 0},
+    "tolerant, one node": {"planner": "tolerant"},
+    "exact, one node": {"planner": "exact"},
+    "tolerant": {"planner": "tolerant", "topology": NODES},
+    "exact": {"planner": "exact", "topology": NODES},
+}
+"""`one node`: planned as if all ranks were on one."""
+
+
+def route(ranks: int, tokens: int, sigma: int, alike: bool, seed: int) -> np.ndarray:
+    """Counts int64 [P, E]."""
+
+    def make(seed: int) -> np.ndarray:
+        return make_counts(
+            f"lognormal-{sigma}",
+            num_ranks=ranks,
+            num_experts=SHAPE.num_experts,
+            tokens_per_rank=tokens,
+            top_k=SHAPE.top_k,
+            seed=seed,
+        )
+
+    if alike:
+        return make(seed)
+    nodes = range(0, ranks, PER_NODE)
+    return np.concatenate([make(1000 * (i + 1) + seed)[i : i + PER_NODE] for i in nodes])
+
+
+def count_bytes(plan: Plan, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of tokens, and of weights and gradients, [2, N]: what each node sends and receives."""
+    per_node = (2, -1, PER_NODE)
+    pairs = count_tokens(plan, counts, NODES)[1].reshape(per_node).sum(axis=2)
+    traffic = count_lending(plan, SHAPE.expert_weights, SHAPE.scatter_from, NODES)
+    numbers = sum(each.numbers[1] for each in traffic).reshape(per_node).sum(axis=2)
+    lent = SHAPE.weight_bytes * numbers + SHAPE.bytes_per_gradient * numbers[::-1]
+    # Two exchanges one way, and two the other.
+    return 2 * SHAPE.token_bytes * (pairs + pairs[::-1]), lent
+
+
+def look_at(counts: np.ndarray, options: dict[str, object]) -> dict[str, float]:
+    """One plan's figures, in gigabytes and microseconds."""
+    plan = make_plan(counts, prices=SHAPE.prices, **options)  # type: ignore[arg-type]
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        make_plan(counts, prices=SHAPE.prices, **options)  # type: ignore[arg-type]
+        seconds.append(time.perf_counter() - start)
+    tokens, lent = count_bytes(plan, counts)
+    return {
+        "imbalance": plan.imbalance_after,
+        "tokens_gb": tokens[0].sum() / 1e9,
+        "lent_gb": lent[0].sum() / 1e9,
+        "busiest_gb": (tokens + lent).max() / 1e9,
+        "plan_us": statistics.median(seconds) * 1e6,
+    }
+
+
+def measure() -> list[dict[str, object]]:
+    """A row for each case and method."""
+    rows: list[dict[str, object]] = []
+    cases = list(itertools.product((True, False), SIGMAS, TOKENS, RANKS))
+    advance = start_progress(len(cases), "planning")
+    for alike, sigma, tokens, ranks in cases:
+        found: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+        for seed in SEEDS:
+            counts = route(ranks, tokens, sigma, alike, seed)
+            plain = None
+            for method, options in METHODS.items():
+                row = look_at(counts, options)
+                plain = plain or row["busiest_gb"]
+                found[method].append(row | {"of_plain": row["busiest_gb"] / plain})
+        for method, of_method in found.items():
+            figures = {
+                key: statistics.median(row[key] for row in of_method) for key in of_method[0]
+            }
+            case = {"nodes_alike": alike, "sigma": sigma, "tokens": tokens, "ranks": ranks}
+            rows.append(case | {"method": method} | figures)
+        advance()
+    return rows
+
+
+def format_rows(rows: list[dict[str, object]]) -> str:
+    """The table."""
+    head = ["nodes", "sigma", "tokens", "EP", "method", "imbalance", "tokens GB", "experts GB"]
+    lines: list[list[object]] = [[*head, "busiest GB", "of plain's", "plan us"]]
+    for row in rows:
+        figures = [f"{row['imbalance']:.2f}", f"{row['tokens_gb']:.1f}", f"{row['lent_gb']:.1f}"]
+        figures += [f"{row['busiest_gb']:.2f}", f"{row['of_plain']:.2f}", f"{row['plan_us']:.0f}"]
+        nodes = "alike" if row["nodes_alike"] else "differ"
+        lines.append([nodes, row["sigma"], row["tokens"], row["ranks"], row["method"], *figures])
+    return format_table(lines, "<>>><>")
+
+
+def main() -> None:
+    """Count, print, write."""
+    compile_planners()
+    rows = measure()
+    print(format_rows(rows))
+    write_results(RESULTS, {"script": "benchmarks/nodes_table.py", "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

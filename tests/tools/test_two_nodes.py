@@ -1,0 +1,72 @@
+"""The bed of two nodes: what it says where it cannot be set up, and a training over it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from node_bed.bed import NoNamespacesError, join_two_nodes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def can_join() -> bool:
+    try:
+        with join_two_nodes("100mbit"):
+            return True
+    except NoNamespacesError:
+        return False
+
+
+def list_namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+
+
+def test_it_says_so_where_there_is_no_iproute2(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(NoNamespacesError, match="iproute2"), join_two_nodes("100mbit"):
+        pass
+
+
+def use_and_fail():
+    with join_two_nodes("10mbit") as (one, other):
+        assert one.namespace in list_namespaces()
+        talk = f"import socket; socket.create_connection(('{other.address}', 9), 5)"
+        refused = subprocess.run(
+            one.command([sys.executable, "-c", talk]), capture_output=True, text=True
+        )
+        assert "ConnectionRefusedError" in refused.stderr
+        assert one.count_sent() > 0
+        subprocess.Popen(other.command(["sleep", "60"]))
+        raise KeyError
+
+
+def test_all_is_taken_down_again():
+    if not can_join():
+        pytest.skip("network namespaces are not allowed here")
+    before = list_namespaces()
+    with pytest.raises(ValueError, match="--rate fast"), join_two_nodes("fast"):
+        pass
+    with pytest.raises(KeyError):
+        use_and_fail()
+    assert list_namespaces() == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_training_over_two_nodes(tmp_path):
+    """Losses as plain's, and what crosses is what is predicted, but for the rest of the model."""
+    if not can_join():
+        pytest.skip("network namespaces are not allowed here")
+    output = tmp_path / "nodes.json"
+    command = [sys.executable, str(ROOT / "tools" / "two_nodes.py"), "--rate", "200mbit"]
+    command += ["--iterations", "6", "--methods", "tolerant", "--output", str(output)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain, lending = json.loads(output.read_text())["methods"]
+    rest = [each["mib_across"] - each["predicted_mib"] for each in (plain, lending)]
+    assert lending["predicted_mib"] < plain["predicted_mib"]
+    assert abs(rest[0] - rest[1]) < 0.1 * (plain["mib_across"] - lending["mib_across"])
