@@ -13,12 +13,17 @@ from megatron_llep.planner.loops.node_ranks import even_out_ranks, spread_in_nod
 
 @helper
 def node_quotas(
-    counts: np.ndarray, max_foreign: int, node_size: int, most: int, prices: np.ndarray
+    counts: np.ndarray,
+    max_foreign: int,
+    node_size: int,
+    most: int,
+    prices: np.ndarray,
+    quarters: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quotas that leave no rank more than `most` pairs, as far as slots allow, with links spared.
 
     Nodes first (`spread_over_nodes`), then the ranks of each, then what is still above of all
-    ranks. Of a node's slots a quarter is kept for what its ranks hand on to each other.
+    ranks. Some of a node's slots are kept for what its ranks hand on to each other.
 
     Args:
         counts: int64 [P, E] tokens of each rank for each expert.
@@ -26,6 +31,7 @@ def node_quotas(
         node_size: G.
         most: pairs of a rank.
         prices: as for `loan_loads`.
+        quarters: of a node's slots that are kept, 0 .. 4.
 
     Returns:
         quota int64 [E, P], and the pairs of each rank [P].
@@ -37,7 +43,7 @@ def node_quotas(
         for expert in range(E):
             tokens[rank // node_size, expert] += counts[rank, expert]
     most_experts = node_size * max_foreign
-    most_experts -= most_experts // 4
+    most_experts -= most_experts * quarters // 4
     of_nodes = spread_over_nodes(tokens, most * node_size, most_experts, prices)
     quota, load, slots = zero_table(E, P), zeros(P), zeros(P)
     for expert in range(E):

@@ -93,8 +93,11 @@ def nodes(
     if smallest < 0 or not is_uneven(load, threshold):
         return finish(loads, load, smallest, before, moves, n, falls_back)
     most = most_tokens(load, P, tolerance)
-    quota, after = node_quotas(counts, max_foreign, node_size, most, prices)
+    quota, after = node_quotas(counts, max_foreign, node_size, most, prices, 1)
     largest = largest_of(after)
+    if largest > most:  # for want of slots
+        quota, after = node_quotas(counts, max_foreign, node_size, most, prices, 2)
+        largest = largest_of(after)
     if largest > most:
         n = exact_moves(loads, load, max_foreign, P, moves)
         if max(largest_of(load), most) < largest or (falls_back and largest > before):
