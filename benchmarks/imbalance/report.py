@@ -98,8 +98,8 @@ def format_page(record: Mapping[str, Any], rows: Sequence[Row], picture: str) ->
         "",
         *(f"- `{name}`: {METHODS[name]}" for name in methods),
         "",
-        f"LLEP's `lla` lends for {record['lla_min_tokens']} pairs or more (half an expert's mean), "
-        "as the paper's 1,024 are more than any expert has here. EPLB's placement is made once, by "
+        f"LLEP's `lla` lends for {record['lla_min_tokens']} pairs or more: half of what an expert "
+        "has on average, and at most the paper's 1,024. EPLB's placement is made once, by "
         f"the loads of the {record['history']} steps before the first; `eplb+replicas` adds up the "
         "gradients of replicas in one all-reduce over all ranks, which is in its time.",
         "",
