@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": shlex.join(["python", "-m", "benchmarks.imbalance", *arguments]),
         "machine": describe_machine(),
         "versions": read_versions(),
-        "load": f"{load[0]:.1f} processes at work in the minute before it, of others",
+        "load": _describe_load(load[0]),
         "described": _describe(job),
         "ranks": _describe_ranks(found),
         "memory": _describe_memory(),
@@ -205,6 +205,13 @@ def _describe(job: Job) -> str:
         f"EP {sizes.num_ranks}, {sizes.num_experts} experts, top-{sizes.top_k}, hidden "
         f"{sizes.hidden}, expert {sizes.ffn}, {sizes.tokens} tokens a rank, fp32, SequentialMLP"
     )
+
+
+def _describe_load(load: float) -> str:
+    said = f"{load:.1f} processes at work in the minute before it, of others"
+    if load < 0.5:
+        return said
+    return f"{said}: they disturb times, which then say little; pairs, bytes and memory they do not"
 
 
 def _describe_ranks(found: Sequence[Found]) -> str:
