@@ -208,7 +208,7 @@ def _describe(job: Job) -> str:
 
 
 def _describe_load(load: float) -> str:
-    said = f"{load:.1f} processes at work in the minute before it, of others"
+    said = f"{load:.1f} processes at work in the minute before it"
     if load < 0.5:
         return said
     return f"{said}: they disturb times, which then say little; pairs, bytes and memory they do not"

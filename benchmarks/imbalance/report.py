@@ -182,7 +182,7 @@ def draw(rows: Sequence[Row], caption: str, path: Path) -> None:
 
 
 def _explain(workload: str) -> str:
-    return WORKLOADS[workload].summary.partition(":")[0]
+    return WORKLOADS[workload].summary.partition(":")[0].replace(" ", "\n")
 
 
 def _line(cells: Sequence[object]) -> str:
