@@ -233,8 +233,7 @@ def format_page(
         f"backward, EP {layer['num_ranks']} over gloo, a core a rank; plain and LLEP in turn, "
         f"{rounds} rounds. Ratio: plain expert parallelism's time / LLEP's, median over rounds, "
         "with quartiles. Predicted: the recorded counts replayed as `tune` does, with a cost model "
-        "that was fitted to this machine just before, not to the layer. `balanced` lends nothing, "
-        "so its error is that of measuring.",
+        "that was fitted to this machine just before, not to the layer.",
         "",
         f"{_sum_up(rows)}",
         "",
@@ -271,11 +270,13 @@ def _sum_up(rows: Sequence[Row]) -> str:
         parts.append(f"{tokens} tokens a rank {_describe(errors)}")
     parts.append(f"together {_describe([abs(row.error) for row in lending])}")
     agree = sum((row.ratio > 1) == (row.predicted_ratio > 1) for row in lending)
+    idle = [abs(row.ratio - 1) for row in rows if not row.lent]
+    control = f" Where nothing is lent, measuring is {max(idle):.1%} off at worst." if idle else ""
     plain = [abs(row.predicted_plain_seconds / row.plain_seconds - 1) for row in rows]
     return (
         f"Error of the ratio where experts are lent: {'; '.join(parts)}. Prediction and "
         f"measurement agree in {agree} of {len(lending)} on whether lending pays. Time of plain "
-        f"expert parallelism: {_describe(plain)} off."
+        f"expert parallelism: {_describe(plain)} off.{control}"
     )
 
 

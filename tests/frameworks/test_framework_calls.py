@@ -67,7 +67,8 @@ def test_slime_trains_and_logs():
     assert other == {}
     metrics = main["train/step"]
     assert metrics["train/step"] == 3 * 4 + 1
-    assert sorted(metrics) == sorted(["train/step", *(f"train/moe/llep/{name}" for name in NAMES)])
+    assert metrics.keys() > {f"train/moe/llep/{name}" for name in NAMES}
+    assert all(name.startswith("train/moe/llep/") for name in metrics.keys() - {"train/step"})
     assert metrics["train/moe/llep/lent_experts"] > 0
 
 
@@ -144,9 +145,8 @@ def train_as_nemo_rl(rank: int, size: int) -> dict[str, Any]:
 
 def test_nemo_rl_trains_a_model_that_is_wrapped():
     for metrics, again in run_ranks(train_as_nemo_rl, 2):
-        assert sorted(metrics) == sorted(
-            ["load_balancing_loss", *(f"llep/{name}" for name in NAMES)]
-        )
+        assert metrics.keys() > {"load_balancing_loss", *(f"llep/{name}" for name in NAMES)}
+        assert all(name.startswith("llep/") for name in metrics.keys() - {"load_balancing_loss"})
         assert metrics["llep/lent_experts"] > 0
         assert again == {}, "a step's metrics are read once"
 
