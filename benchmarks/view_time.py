@@ -1,6 +1,6 @@
 """How long `view` takes and how large its page is, of a recording of 100,000 layer-steps.
 
-    python benchmarks/view_time.py --folder /tmp/recording
+    python benchmarks/view_time.py --folder recording
 
 writes the recording there if it is not there yet, and the page beside it. It is synthetic: 48
 layers, 128 experts of which some are hot and others become so, 8 ranks.
