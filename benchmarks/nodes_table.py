@@ -21,9 +21,9 @@ from megatron_llep.offline.report.progress import start_progress
 from megatron_llep.offline.report.results import write_results
 from megatron_llep.offline.report.table import format_table
 from megatron_llep.offline.workloads import make_counts
-from megatron_llep.planner import Plan, Topology, compile_planners, make_plan
+from megatron_llep.planner import Topology, compile_planners, make_plan
+from megatron_llep.planner.cost.across import count_node_bytes
 from megatron_llep.planner.cost.model import LayerShape
-from megatron_llep.planner.cost.traffic import count_lending, count_tokens
 
 RESULTS = Path(__file__).parent / "results" / "nodes.json"
 SHAPE = LayerShape(hidden=7168, ffn_hidden=2048, num_experts=256, top_k=8)
@@ -63,17 +63,6 @@ def route(ranks: int, tokens: int, sigma: int, alike: bool, seed: int) -> np.nda
     return np.concatenate([make(1000 * (i + 1) + seed)[i : i + PER_NODE] for i in nodes])
 
 
-def count_bytes(plan: Plan, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of tokens, and of weights and gradients, [2, N]: what each node sends and receives."""
-    per_node = (2, -1, PER_NODE)
-    pairs = count_tokens(plan, counts, NODES)[1].reshape(per_node).sum(axis=2)
-    traffic = count_lending(plan, SHAPE.expert_weights, SHAPE.scatter_from, NODES)
-    numbers = sum(each.numbers[1] for each in traffic).reshape(per_node).sum(axis=2)
-    lent = SHAPE.weight_bytes * numbers + SHAPE.bytes_per_gradient * numbers[::-1]
-    # Two exchanges one way, and two the other.
-    return 2 * SHAPE.token_bytes * (pairs + pairs[::-1]), lent
-
-
 def look_at(counts: np.ndarray, options: dict[str, object]) -> dict[str, float]:
     """One plan's figures, in gigabytes and microseconds."""
     plan = make_plan(counts, prices=SHAPE.prices, **options)  # type: ignore[arg-type]
@@ -82,12 +71,12 @@ def look_at(counts: np.ndarray, options: dict[str, object]) -> dict[str, float]:
         start = time.perf_counter()
         make_plan(counts, prices=SHAPE.prices, **options)  # type: ignore[arg-type]
         seconds.append(time.perf_counter() - start)
-    tokens, lent = count_bytes(plan, counts)
+    across = count_node_bytes(plan, counts, SHAPE, NODES)
     return {
         "imbalance": plan.imbalance_after,
-        "tokens_gb": tokens[0].sum() / 1e9,
-        "lent_gb": lent[0].sum() / 1e9,
-        "busiest_gb": (tokens + lent).max() / 1e9,
+        "tokens_gb": across.tokens[0].sum() / 1e9,
+        "lent_gb": across.experts[0].sum() / 1e9,
+        "busiest_gb": across.busiest / 1e9,
         "plan_us": statistics.median(seconds) * 1e6,
     }
 

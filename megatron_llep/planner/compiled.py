@@ -38,12 +38,12 @@ FUNCTIONS = {
 }
 """Those that may be asked for, and what they take."""
 
-OF_AUTO = ("lp", "exact", "tolerant")
+OF_AUTO = ("lp", "exact", "tolerant", "lla")
 """Planners that `auto` runs."""
 
 
 def compile_planners(
-    planners: Iterable[str] = (*OF_AUTO, "lla"), *, replicas: bool = True, nodes: bool = True
+    planners: Iterable[str] = OF_AUTO, *, replicas: bool = True, nodes: bool = True
 ) -> bool:
     """Compile all that these planners run in a step, or load it: seconds, or part of one.
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PLANNERS = ("tolerant", "exact", "lla", "lp", "auto")
 LLA_THRESHOLD = 1.3
 """The paper's lambda."""
+MIN_TOKENS_PER_GEMM = 1024
+"""The paper's m."""
 
 
 def make_plan(
@@ -28,7 +30,7 @@ def make_plan(
     planner: str = "tolerant",
     max_foreign: int | None = None,
     capacity_factor: float = 1.0,
-    min_tokens_per_gemm: int = 1024,
+    min_tokens_per_gemm: int = MIN_TOKENS_PER_GEMM,
     imbalance_threshold: float | None = None,
     tolerance: float = 0.05,
     topology: Topology = ONE_NODE,
@@ -86,13 +88,13 @@ def make_plan(
     if prices is None:
         prices = USUAL_PRICES if cost is None else cost.shape.prices
 
-    def run(planner: str, tolerance: float = tolerance) -> Plan:
+    def run(planner: str, tolerance: float = tolerance, topology: Topology = topology) -> Plan:
         return plan_counts(
             counts,
             planner=planner,
             max_foreign=max_foreign,
-            capacity_factor=capacity_factor,
-            min_tokens_per_gemm=min_tokens_per_gemm,
+            capacity_factor=1.0 if predicts else capacity_factor,
+            min_tokens_per_gemm=MIN_TOKENS_PER_GEMM if predicts else min_tokens_per_gemm,
             threshold=0.0 if predicts else threshold,
             tolerance=tolerance,
             topology=topology,

@@ -41,8 +41,11 @@ def test_the_least_predicted_time(kind, P, M, per_node, times, seed):
     chosen = COST.predict(plan, counts, topology).total
     others = [{"planner": "exact", "max_foreign": 0}, {"planner": "exact"}]
     others += [{"planner": "tolerant", "tolerance": tolerance} for tolerance in TOLERANCES]
+    others += [{"planner": "lla"}]
+    others += [{"planner": each, "topology": ONE_NODE} for each in ("tolerant", "exact")]
     for options in others:
-        other = make_plan(counts, topology=topology, imbalance_threshold=0.0, **options)
+        told = {"topology": topology, "imbalance_threshold": 0.0, "cost": COST}
+        other = make_plan(counts, **(told | options))
         assert chosen <= COST.predict(other, counts, topology).total
 
 

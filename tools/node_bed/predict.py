@@ -1,17 +1,12 @@
-"""What the plans of a recorded training move between two nodes, a step.
-
-Letters: P ranks, E experts.
-"""
+"""What the plans of a recorded training move between two nodes, a step."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from megatron_llep.offline.recording import Recording
-from megatron_llep.planner import Plan, Topology, plan_from_quota
-from megatron_llep.planner.cost.model import EXCHANGES, LayerShape
-from megatron_llep.planner.cost.traffic import count_lending, count_tokens
+from megatron_llep.planner import Topology, plan_from_quota
+from megatron_llep.planner.cost.across import count_node_bytes
+from megatron_llep.planner.cost.model import LayerShape
 from megatron_llep.planner.plan import native_quota
 
 
@@ -35,16 +30,5 @@ def predict_bytes(
             plan = row.plan
             if not lends:
                 plan = plan_from_quota(native_quota(row.counts.sum(axis=0), len(row.counts)))
-            total += _count(plan, row.counts, shape, topology)
+            total += count_node_bytes(plan, row.counts, shape, topology).total
     return total / len(steps)
-
-
-def _count(plan: Plan, counts: np.ndarray, shape: LayerShape, topology: Topology) -> float:
-    """Of one layer of one micro-batch, in both directions."""
-    pairs = count_tokens(plan, counts, topology)[1, 0].sum()
-    # Each row travels with its probability, both ways.
-    moved = EXCHANGES * pairs * shape.token_bytes
-    lent = count_lending(plan, shape.expert_weights, shape.scatter_from, topology)
-    numbers = sum(int(each.numbers[1, 0].sum()) for each in lent)
-    weights = numbers * shape.weight_bytes * (1 + shape.refetch)
-    return float(moved + weights + numbers * shape.bytes_per_gradient)

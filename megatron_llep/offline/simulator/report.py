@@ -57,6 +57,9 @@ def make_detail_table(result: Result) -> list[list[str]]:
     """A row for each method: time by what it is spent on, memory, traffic."""
     head = "method,imbalance,moved,compute,exchange,lend,return,plan,layer ms,speed-up,step s"
     rows = [[*head.split(","), "step speed-up", "layer GB", "model GB", "token GB", "expert GB"]]
+    several_nodes = any(outcome.across_gigabytes for outcome in result.outcomes.values())
+    if several_nodes:
+        rows[0] += ["across nodes GB", "busiest node GB"]
     plain = result.outcomes["plain"]
     for method, o in result.outcomes.items():
         parts = (o.layer.compute, o.layer.exchange, o.layer.lending, o.layer.returning)
@@ -76,6 +79,8 @@ def make_detail_table(result: Result) -> list[list[str]]:
                 f"{o.expert_gigabytes:.2f}",
             ]
         )
+        if several_nodes:
+            rows[-1] += [f"{o.across_gigabytes:.2f}", f"{o.busiest_gigabytes:.2f}"]
     return rows
 
 

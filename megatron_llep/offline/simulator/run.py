@@ -23,6 +23,7 @@ from megatron_llep.offline.lp import lp_quota
 from megatron_llep.offline.simulator.eplb import place_replicas, spread_evenly
 from megatron_llep.offline.simulator.models import ModelShape
 from megatron_llep.planner import Plan, make_plan, plan_from_quota
+from megatron_llep.planner.cost.across import NodeBytes, count_node_bytes
 from megatron_llep.planner.cost.model import EXCHANGES, CostModel, LayerCost, LayerTime
 from megatron_llep.planner.cost.traffic import count_tokens
 from megatron_llep.planner.topology import Topology
@@ -74,6 +75,10 @@ class Outcome:
     """Between all ranks in a layer, forward and backward."""
     expert_gigabytes: float
     """The same for weights and gradients of experts."""
+    across_gigabytes: float
+    """What crosses between nodes of tokens and lent experts; not of replicas' weights."""
+    busiest_gigabytes: float
+    """Of that, what the busiest node sends, or receives."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,6 +94,7 @@ class _Layer:
     """These experts stay where they are from step to step."""
     token_gigabytes: float
     expert_gigabytes: float
+    across: NodeBytes
 
 
 def simulate(
@@ -154,6 +160,7 @@ def _run_plan(case: Case, counts: np.ndarray, method: str) -> _Layer:
         are_replicas=False,
         token_gigabytes=_token_gigabytes(case, plan, counts),
         expert_gigabytes=moved / 1e9,
+        across=count_node_bytes(plan, counts, shape, case.topology),
     )
 
 
@@ -208,6 +215,7 @@ class _Placement:
             are_replicas=True,
             token_gigabytes=_token_gigabytes(self.case, plan, counts),
             expert_gigabytes=(float(reduced.sum()) + moves * self._moved_bytes()) / 1e9,
+            across=count_node_bytes(plan, counts, shape, self.case.topology),
         )
 
     def _place_anew(self) -> tuple[int, float]:
@@ -282,6 +290,8 @@ def _summarise(case: Case, steps: list[list[_Layer]], other: float) -> Outcome:
         model_bytes=max(_model_bytes(case, of_step, pair_bytes) for of_step in steps),
         token_gigabytes=mean(layer.token_gigabytes for layer in ran),
         expert_gigabytes=mean(layer.expert_gigabytes for layer in ran),
+        across_gigabytes=mean(layer.across.total / 1e9 for layer in ran),
+        busiest_gigabytes=mean(layer.across.busiest / 1e9 for layer in ran),
     )
 
 
