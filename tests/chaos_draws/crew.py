@@ -35,6 +35,8 @@ _GRACE_SECONDS = 1.0
 """For other ranks to say what they saw, when one has failed."""
 _STACK_SECONDS = 0.3
 _FRAMES = 6
+_LAST_WORDS = 300
+_FATAL = "Fatal Python error: "
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+) in (?P<function>\S+)')
 _PACKAGES = ("megatron_llep/", "megatron/", "chaos_draws/", "support/", "torch/")
 
@@ -92,7 +94,7 @@ class Crew:
         taken = {"draw": draw, "seconds": time.monotonic() - start}
         errors = [answer["error"] for answer in answers if answer and "error" in answer]
         errors += [
-            f"rank {rank.number} died: {rank.read_output()}" for rank in self._ranks if rank.died
+            f"rank {rank.number} died: {rank.describe_end()}" for rank in self._ranks if rank.died
         ]
         if errors:
             return Outcome(verdict="failed", details=tuple(errors), **taken)
@@ -197,9 +199,15 @@ class _Rank:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def read_output(self) -> str:
-        text = self._output.read_text(errors="replace") if self._output.exists() else ""
-        return text[-1000:] or "it printed nothing"
+    def describe_end(self) -> str:
+        """Its last words, and where it was if a fatal signal ended it."""
+        text = self._output.read_text(errors="replace")
+        said, found, fatal = text.partition(_FATAL)
+        if not found:
+            return said[-_LAST_WORDS:].strip() or "it printed nothing"
+        error, _, stack = fatal.partition("\n\n")
+        stack = stack.partition("\n\n")[0]
+        return f"{said[-_LAST_WORDS:].strip()} {found}{error} in {describe_stack(stack)}"
 
     def close(self) -> None:
         os.close(self._commands)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from chaos_draws.draw import MOST_TOKENS, Draw
@@ -55,8 +54,7 @@ class MoEStack(torch.nn.Module):
         """[MOST_TOKENS, K] of each layer: what the tokens of this step choose, by position, so that
         a forward that is recomputed chooses the same."""
         for index, layer in enumerate(self.layers):
-            router = layer.router
-            router.gating = partial(self._gate, router.gating, router, index)
+            layer.router.gating = partial(self._gate, layer.router.gating, index)
         _fill(self, draw)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -68,18 +66,17 @@ class MoEStack(torch.nn.Module):
     def _gate(
         self,
         gating: Callable[[torch.Tensor], torch.Tensor],
-        router: TopKRouter,
         index: int,
         hidden: torch.Tensor,
     ) -> torch.Tensor:
         """Logits [T, 1, E]."""
-        if hidden.numel():
-            logits = gating(hidden)
-        else:  # which Megatron's cannot reshape
-            logits = torch.nn.functional.linear(hidden, router.weight, router.bias)
+        T = len(hidden)
+        if T == 0:  # which Megatron's gating cannot reshape; its hooks fire in the order of others
+            hidden = torch.cat([hidden, hidden.new_zeros(1, *hidden.shape[1:])])
+        logits = gating(hidden)[:T]
         logits = _LARGEST_LOGIT * torch.tanh(logits)
         lowered = torch.full_like(logits[:, 0], _LOWERED_BY)
-        lowered.scatter_(1, self.choices[index][: len(lowered)], 0.0)
+        lowered.scatter_(1, self.choices[index][:T], 0.0)
         return logits - lowered[:, None]
 
 
