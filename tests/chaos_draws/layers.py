@@ -124,6 +124,7 @@ def make_config(draw: Draw, dtype: torch.dtype) -> TransformerConfig:
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
         hidden_dropout=0.0,
+        perform_initialization=False,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         **draw.model,

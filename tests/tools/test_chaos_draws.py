@@ -37,7 +37,7 @@ def test_a_draw_follows_from_seed_and_number():
 def test_draws_are_of_all_kinds():
     layouts = Counter(draw.layout for draw in DRAWS)
     assert set(layouts) == set(LAYOUTS)
-    assert min(layouts.values()) > len(DRAWS) / len(LAYOUTS) / 2
+    assert min(layouts.values()) > 10
     llep = [draw.llep for draw in DRAWS]
     assert {each.planner for each in llep} == {"tolerant", "exact", "lla", "lp"}
     for field in ("replicas", "token_assignment", "foreign_weights", "grad_dtype", "lend_to"):
