@@ -8,7 +8,7 @@ with some skew, a planner and its settings, recompute, and delays. It runs forwa
 LLEP and without, under Megatron's DDP; outputs and gradients must be the same up to rounding. One
 that takes longer than --limit is a hang: it is told where each rank waits, and new ranks go on.
 
-Appends to benchmarks/results/chaos.json, after each block of draws. Exits with 1 if one failed.
+Appends to benchmarks/results/chaos.json, after each 50 draws. Exits with 1 if one failed.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from megatron_llep.offline.report.progress import start_progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "chaos.json"
-BLOCK = 200
+DRAWS = 200
+BLOCK = 50
 LIMIT_SECONDS = 60.0
 
 
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--draws", type=int, default=BLOCK, help=f"how many (default: {BLOCK})")
+    add("--draws", type=int, default=DRAWS, help=f"how many (default: {DRAWS})")
     add("--seed", type=int, default=0, help="of all draws (default: 0)")
     add("--first", type=int, default=0, help="number of the first draw (default: 0)")
     add(

@@ -1,4 +1,4 @@
-"""The result file: what was run, one entry for each block of draws, and sums over all of them."""
+"""The result file: what was run, one entry for each run, and sums over all of them."""
 
 import json
 import subprocess
@@ -18,11 +18,17 @@ _LONGEST_DETAIL = 600
 
 
 def append_run(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Add an entry to the file, which is made if it is not there; returns the new totals."""
+    """Add an entry to the file, which is made if it is not there; returns the new totals.
+
+    An entry that goes on where the last one ended becomes part of it.
+    """
     runs: list[Mapping[str, Any]] = []
     if path.exists():
         runs = json.loads(path.read_text())["runs"]
-    runs.append(entry)
+    if runs and _goes_on(runs[-1], entry):
+        runs[-1] = _join(runs[-1], entry)
+    else:
+        runs.append(entry)
     totals = sum_up(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -86,6 +92,23 @@ def read_commit(path: Path) -> str:
         where.append(f":(exclude){path.resolve().relative_to(ROOT)}")
     changes = _run_git("status", "--porcelain", "--", *where)
     return head + ("+changes" if changes else "")
+
+
+def _goes_on(last: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    same = ("version", "commit", "machine", "seed")
+    ends = last["first"] + last["draws"]
+    return ends == entry["first"] and all(last[name] == entry[name] for name in same)
+
+
+def _join(last: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    joined = dict(last)
+    for name in ("draws", "failed", "lent", "experts_lent", "failures"):
+        joined[name] = last[name] + entry[name]
+    joined["seconds"] = round(last["seconds"] + entry["seconds"], 1)
+    joined["slowest_seconds"] = max(last["slowest_seconds"], entry["slowest_seconds"])
+    for name in ("layouts", "planners"):
+        joined[name] = dict(sorted((Counter(last[name]) + Counter(entry[name])).items()))
+    return joined
 
 
 def _shorten(detail: str) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from chaos_draws.compare import RankReport, find_disagreements
-from chaos_draws.crew import Crew
+from chaos_draws.crew import Crew, Outcome
 from chaos_draws.draw import LAYOUTS, make_draw
+from chaos_draws.record import append_run, describe_block
 from chaos_draws.session import run_draws
 from megatron_llep.lending.loan import WeightLoan
 from support.layout import Layout
@@ -168,6 +169,29 @@ def test_results_are_added_to_a_file_that_keeps_count(tmp_path, capsys):
     assert again["runs"][0] == entry
     # One number of one seed, run twice.
     assert (again["totals"]["draws"], again["totals"]["runs_of_draws"]) == (1, 2)
+
+
+def test_an_entry_that_goes_on_becomes_part_of_the_last(tmp_path):
+    def append(first, commit="abc"):
+        outcomes = [
+            Outcome(draw=make_draw(0, number), verdict="same", lent=number % 2, seconds=1.0)
+            for number in range(first, first + 10)
+        ]
+        block = range(first, first + 10)
+        entry = describe_block(0, block, outcomes, seconds=5.0, commit=commit)
+        append_run(tmp_path / "results.json", entry)
+        return json.loads((tmp_path / "results.json").read_text())
+
+    append(0)
+    found = append(10)
+    (whole,) = found["runs"]
+    counts = {name: whole[name] for name in ("first", "draws", "failed", "lent", "seconds")}
+    assert counts == {"first": 0, "draws": 20, "failed": 0, "lent": 10, "seconds": 10.0}
+    assert whole["layouts"] == Counter(str(draw.layout) for draw in DRAWS[:20])
+    assert [run["draws"] for run in append(30)["runs"]] == [20, 10]
+    found = append(40, commit="def")
+    assert [run["draws"] for run in found["runs"]] == [20, 10, 10]
+    assert found["totals"]["draws"] == 40
 
 
 def test_a_failure_is_told_and_recorded_with_what_repeats_it(capsys):
