@@ -35,7 +35,6 @@ _GRACE_SECONDS = 1.0
 """For other ranks to say what they saw, when one has failed."""
 _STACK_SECONDS = 0.3
 _FRAMES = 6
-_LAST_WORDS = 300
 _FATAL = "Fatal Python error: "
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+) in (?P<function>\S+)')
 _PACKAGES = ("megatron_llep/", "megatron/", "chaos_draws/", "support/", "torch/")
@@ -203,11 +202,11 @@ class _Rank:
         """Its last words, and where it was if a fatal signal ended it."""
         text = self._output.read_text(errors="replace")
         said, found, fatal = text.partition(_FATAL)
+        (last_words,) = said.strip().splitlines()[-1:] or ["it printed nothing"]
         if not found:
-            return said[-_LAST_WORDS:].strip() or "it printed nothing"
+            return last_words
         error, _, stack = fatal.partition("\n\n")
-        stack = stack.partition("\n\n")[0]
-        return f"{said[-_LAST_WORDS:].strip()} {found}{error} in {describe_stack(stack)}"
+        return f"{last_words}; {error} in {describe_stack(stack.partition('\n\n')[0])}"
 
     def close(self) -> None:
         os.close(self._commands)
