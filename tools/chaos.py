@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "chaos.json"
 DRAWS = 200
 BLOCK = 50
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 120.0
 
 
 def build_parser() -> argparse.ArgumentParser:
