@@ -35,11 +35,21 @@ TP ?= 1
 PP ?= 1
 EP ?= 2
 
+# Random draws: make chaos DRAWS=1 SEED=0 FIRST=17
+DRAWS ?= 200
+SEED ?= 0
+FIRST ?= 0
+
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
+<<<<<<< HEAD
 .PHONY: help setup bench demo finetune nodes gpu-check test test-long test-te test-frameworks test-megatron \
 	test-oldest lint format dist clean
+=======
+.PHONY: help setup bench demo finetune gpu-check test test-long chaos test-te test-frameworks \
+	test-megatron test-oldest lint format dist clean
+>>>>>>> chaos
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -72,6 +82,9 @@ test: $(READY) ## the tests, under 20 minutes on 2 cores
 
 test-long: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+chaos: $(READY) ## random draws, LLEP against Megatron: benchmarks/results/chaos.json
+	$(BIN)/python tools/chaos.py --draws $(DRAWS) --seed $(SEED) --first $(FIRST)
 
 $(TE_READY): pyproject.toml constraints.txt constraints-te.txt tools/find_python.sh tools/install_te.sh
 	@python=$$(bash tools/find_python.sh) && echo "setup: $$python" && "$$python" -m venv $(TE_VENV)
