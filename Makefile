@@ -43,13 +43,8 @@ FIRST ?= 0
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
-<<<<<<< HEAD
-.PHONY: help setup bench demo finetune nodes gpu-check test test-long test-te test-frameworks test-megatron \
-	test-oldest lint format dist clean
-=======
-.PHONY: help setup bench demo finetune gpu-check test test-long chaos test-te test-frameworks \
+.PHONY: help setup bench demo finetune nodes gpu-check test test-long chaos test-te test-frameworks \
 	test-megatron test-oldest lint format dist clean
->>>>>>> chaos
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16

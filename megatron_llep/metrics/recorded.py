@@ -47,7 +47,15 @@ class Recorded:
         for name, value in values.items():
             self.add(layer, name, [value])
         if experts is not None:
-            self._experts[layer] = self._experts.get(layer, 0) + experts
+            self._add_experts(layer, experts)
+
+    def _add_experts(self, layer: int, experts: np.ndarray) -> None:
+        """Of models with fewer experts, which may train in the same process, the others had none."""
+        known = self._experts.get(layer, experts[:0])
+        total = np.zeros(max(len(known), len(experts)))
+        for each in (known, experts):
+            total[: len(each)] += each
+        self._experts[layer] = total
 
     def add(self, layer: int, name: str, values: list[float]) -> None:
         """Add numbers to a metric, or keep the largest of each."""
@@ -70,7 +78,7 @@ class Recorded:
             for name, values in recorded.items():
                 self.add(layer, name, values)
         for layer, experts in other._experts.items():
-            self._experts[layer] = self._experts.get(layer, 0) + experts
+            self._add_experts(layer, experts)
         for layer, sums in other.outlook.items():
             self.add_outlook(layer, sums)
 

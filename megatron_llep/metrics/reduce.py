@@ -78,7 +78,7 @@ class Reducer:
             metrics[:, layer] = list(recorded.of_layer(layer).values())
             of_layer = recorded.experts_of_layer(layer)
             if of_layer is not None:
-                experts[:, layer] = of_layer
+                experts[: len(of_layer), layer] = of_layer
         for layer, sums in recorded.outlook.items():
             outlook[:, layer] = sums
         rows = _find_rows(_OF_SHARERS)

@@ -123,7 +123,16 @@ PUBLISHED = {
         "glu": ("silu", 0.0, None),
     },
 }
-ON_CPUS = ("tiny", "tiny-hybrid", "tiny-latent", "tiny-deepseek", "demo", "sft-demo", "rl-demo")
+ON_CPUS = (
+    "tiny",
+    "tiny-hybrid",
+    "tiny-latent",
+    "tiny-deepseek",
+    "demo",
+    "sft-demo",
+    "rl-demo",
+    "two-nodes",
+)
 RECIPES = {"sft-gpt-oss-20b": "gpt-oss-20b", "sft-qwen3-30b-a3b": "qwen3-30b-a3b"}
 """Fine-tuning on 8 GPUs, of a published model."""
 HYBRID = ("nemotron-3-super",)
