@@ -50,7 +50,7 @@ class Recorded:
             self._add_experts(layer, experts)
 
     def _add_experts(self, layer: int, experts: np.ndarray) -> None:
-        """Of models with fewer experts, which may train in the same process, the others had none."""
+        """Of models with fewer experts, trained in the same process, the others had none."""
         known = self._experts.get(layer, experts[:0])
         total = np.zeros(max(len(known), len(experts)))
         for each in (known, experts):
