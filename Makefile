@@ -79,7 +79,7 @@ test-long: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 chaos: $(READY) ## random draws, LLEP against Megatron: benchmarks/results/chaos.json
-	$(BIN)/python tools/chaos.py --draws $(DRAWS) --seed $(SEED) --first $(FIRST)
+	$(BIN)/python tools/run_chaos.py --draws $(DRAWS) --seed $(SEED) --first $(FIRST)
 
 $(TE_READY): pyproject.toml constraints.txt constraints-te.txt tools/find_python.sh tools/install_te.sh
 	@python=$$(bash tools/find_python.sh) && echo "setup: $$python" && "$$python" -m venv $(TE_VENV)

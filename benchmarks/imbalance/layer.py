@@ -54,7 +54,7 @@ class PlacedMoELayer(MoELayer):
         table = np.zeros((len(experts), replicas.max()), dtype=np.int64)
         for expert in experts:
             table[expert, : replicas[expert]] = np.flatnonzero(slots == expert)
-        device = self.router.weight.device
+        device = self.get_parameter("router.weight").device
         self._slots_of = torch.from_numpy(table).to(device)
         self._replicas = torch.from_numpy(replicas).to(device)
 
@@ -70,7 +70,7 @@ class PlacedMoELayer(MoELayer):
         """From experts [T, E] to slots [T, S]."""
         T = len(routing_map)
         # [T, K]; on a GPU the host does not have to wait for how many there are.
-        expert = routing_map.float().topk(self.router.topk, dim=1).indices
+        expert = routing_map.float().topk(self.config.moe_router_topk, dim=1).indices
         token = torch.arange(T, device=expert.device).unsqueeze(1).expand_as(expert)
         turn = routing_map.cumsum(0)[token, expert] - 1 + self.ep_group.rank()
         slot = self._slots_of[expert, turn % self._replicas[expert]]
@@ -104,7 +104,9 @@ class PlacedMoELayer(MoELayer):
             if expert in several
         ]
         sizes = [weight.numel() for weight in self.experts.local_experts[0].parameters()]
-        sums = torch.zeros(len(several), sum(sizes), device=self.router.weight.device)
+        sums = torch.zeros(
+            len(several), sum(sizes), device=self.get_parameter("router.weight").device
+        )
         for row, weights in held:
             sums[row] += torch.cat([getattr(each, name).flatten() for each in weights])
         dist.all_reduce(sums, group=self.ep_group)
@@ -157,7 +159,7 @@ def build_layer(sizes: LayerSizes, seed: int, slots: np.ndarray | None = None) -
 
 def set_weights(layer: MoELayer, slots: np.ndarray, sizes: LayerSizes, seed: int) -> None:
     """Give the router, and each slot of this rank, the weights that `data` makes."""
-    layer.router.weight.data.copy_(make_router(sizes, seed))
+    layer.get_parameter("router.weight").data.copy_(make_router(sizes, seed))
     own = slots.reshape(sizes.num_ranks, -1)[layer.ep_group.rank()]
     for expert, module in zip(own.tolist(), layer.experts.local_experts, strict=True):
         linears = (module.linear_fc1, module.linear_fc2)

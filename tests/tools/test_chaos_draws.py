@@ -22,7 +22,7 @@ from support.layout import Layout
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import chaos  # noqa: E402
+import run_chaos  # noqa: E402
 
 DRAWS = [make_draw(0, number) for number in range(400)]
 LIMIT = 6.0  # what a draw of two ranks takes here many times over, on a busy machine too
@@ -156,7 +156,7 @@ def test_results_are_added_to_a_file_that_keeps_count(tmp_path, capsys):
 
     def run(first, draws):
         arguments = ["--draws", draws, "--seed", 0, "--first", first, "--results", results]
-        assert chaos.main([str(each) for each in arguments]) == 0
+        assert run_chaos.main([str(each) for each in arguments]) == 0
         return json.loads(results.read_text())
 
     first = run(small, 1)
@@ -201,7 +201,7 @@ def test_a_failure_is_told_and_recorded_with_what_repeats_it(capsys):
         if draw.llep.planner == "exact" and draw.llep.max_foreign_experts is None and draw.skew > 1
     )
     block = range(number, number + 1)
-    entry = chaos.run_block(0, block, 30, "commit", lambda: None, disturb=return_nothing)
+    entry = run_chaos.run_block(0, block, 30, "commit", lambda: None, disturb=return_nothing)
     command = f"make chaos DRAWS=1 SEED=0 FIRST={number}"
     assert (entry["draws"], entry["failed"], entry["commit"]) == (1, 1, "commit")
     (failure,) = entry["failures"]

@@ -1,6 +1,6 @@
 """Random cases of real MoE layers on gloo ranks: LLEP must be plain Megatron, and never hang.
 
-    make chaos DRAWS=200 SEED=0            # or python tools/chaos.py --draws 200 --seed 0
+    make chaos DRAWS=200 SEED=0            # or python tools/run_chaos.py --draws 200 --seed 0
     make chaos DRAWS=1 SEED=0 FIRST=17     # repeat one
 
 Each draw, from a seed and a number alone, is a layout, a model of one or two MoE layers, routing
