@@ -7,6 +7,7 @@ their interfaces. As root, on Linux, with iproute2; elsewhere it says so, and en
 """
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -54,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Train, print the table, and say whether losses are those of plain."""
     args = build_parser().parse_args()
+    # So that the nodes are taken down then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.iterations <= WARM_UP:
         raise SystemExit(f"--iterations {args.iterations}: give {WARM_UP + 1} or more")
     methods = list(dict.fromkeys(["plain", *args.methods]))

@@ -55,6 +55,20 @@ def test_all_is_taken_down_again():
     assert list_namespaces() == before
 
 
+def test_it_is_taken_down_when_it_is_ended(tmp_path):
+    if not can_join():
+        pytest.skip("network namespaces are not allowed here")
+    before = list_namespaces()
+    command = [sys.executable, str(ROOT / "tools" / "two_nodes.py"), "--methods", "plain"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert "plain" in running.stdout.readline()  # the nodes are there
+        assert list_namespaces() != before
+        running.terminate()
+        assert running.wait(60) == 143
+    assert list_namespaces() == before
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_training_over_two_nodes(tmp_path):
