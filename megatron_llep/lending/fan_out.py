@@ -34,6 +34,3 @@ There are up to three exchanges then: from the home, between nodes, inside nodes
 SCATTER_FROM = 3
 """For two borrowers the saving is small: a second exchange, in which every rank of the group takes
 part, costs about as much for experts of usual size inside a node."""
-
-ALIGNMENT = 64
-"""Shards begin at a multiple of so many numbers, as GPUs copy and send aligned data faster."""

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llep.lending.fan_out import ALIGNMENT
 from megatron_llep.lending.transfers import Exchange, Piece, RankTransfers, find_lent, list_pieces
 from megatron_llep.planner import Plan, make_plan, plan_from_quota
 from megatron_llep.planner.cost.traffic import count_lending
+from megatron_llep.planner.loops.pieces import ALIGNMENT
 from megatron_llep.planner.topology import ONE_NODE, Topology
 from planner.planner_routings import KINDS, REPRODUCIBLE, make_counts
 from support.spread import spread_experts
