@@ -20,6 +20,7 @@ from megatron_llep.offline.recording import Recording
 from megatron_llep.planner import make_plan
 from support.layout import Layout, use_layout
 from support.ranks import run_ranks
+from support.recordings import read_batches
 from support.routing import Routing
 from support.training import Run, build_model, make_config, make_tokens, train
 
@@ -177,7 +178,7 @@ def test_stages_of_a_pipeline(tmp_path, vpp, planner):
     check_counts(
         recording, seen, lambda layer, g: (2 * stages[layer], 2 * stages[layer] + 1), steps=range(2)
     )
-    assert [len(batch) for batch in recording.read_batches()] == [4] * 8
+    assert [len(batch) for batch in read_batches(recording)] == [4] * 8
 
 
 def test_expert_tensor_parallel_sources_are_added_up(tmp_path):

@@ -21,6 +21,10 @@ def is_recording(folder: str | Path) -> bool:
     return any(Path(folder).glob("*-*.parquet"))
 
 
+_Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""All counts of a piece, all loans, and where the loans of each row begin and end."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recording:
     """A folder of pieces, of which one is in memory at a time."""
@@ -106,27 +110,17 @@ class Recording:
         """
         wanted = np.arange(self.num_rows) if rows is None else np.asarray(rows)
         order = wanted[np.lexsort(self._at[wanted].T[::-1])]
-        loaded = _Loaded(self._pieces, keep=1)
+        loaded = -1
         for place in order.tolist():
-            yield self._read_row(place, loaded)
+            piece, row = self._at[place].tolist()
+            if piece != loaded:
+                loaded, columns = piece, _load(self._pieces[piece])
+            yield self._make_row(place, row, columns)
 
-    def read_batches(self) -> Iterator[list[RecordedLayer]]:
-        """The layers of each micro-batch of each group, by step, micro-batch, group, then layer.
-
-        A few pieces of each writer are in memory at a time.
-        """
-        order = np.lexsort(self.places.T[[2, 3, 1, 0]])
-        keys = self.places[order][:, [0, 1, 3]]
-        starts = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
-        writers = {path.stem.partition("-")[2] for path in self._pieces}
-        loaded = _Loaded(self._pieces, keep=2 * len(writers))
-        for rows in np.split(order, starts):
-            yield [self._read_row(place, loaded) for place in rows.tolist()]
-
-    def _read_row(self, place: int, loaded: "_Loaded") -> RecordedLayer:
-        piece, row = self._at[place].tolist()
+    def _make_row(self, place: int, row: int, columns: _Columns) -> RecordedLayer:
+        """Of the columns of its piece."""
         P, E = self.info.num_ranks, self.info.num_experts
-        counts, lent, ends = loaded.get(piece)
+        counts, lent, ends = columns
         step, micro_batch, layer, group = self.places[place].tolist()
         return RecordedLayer(
             step=step,
@@ -138,21 +132,7 @@ class Recording:
         )
 
 
-class _Loaded:
-    """The columns of the pieces that were asked for last."""
-
-    def __init__(self, paths: tuple[Path, ...], *, keep: int):
-        self._paths, self._keep = paths, keep
-        self._columns: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-
-    def get(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All counts of a piece, all loans, and where the loans of each row begin and end."""
-        found = self._columns.pop(piece, None)
-        if found is None:
-            table = pq.read_table(self._paths[piece], columns=["counts", "lent"])
-            counts, lent = (table[name].combine_chunks() for name in ("counts", "lent"))
-            found = (counts.values.to_numpy(), lent.values.to_numpy(), lent.offsets.to_numpy())
-            while len(self._columns) >= self._keep:
-                self._columns.pop(next(iter(self._columns)))
-        self._columns[piece] = found  # the last of them
-        return found
+def _load(path: Path) -> _Columns:
+    table = pq.read_table(path, columns=["counts", "lent"])
+    counts, lent = (table[name].combine_chunks() for name in ("counts", "lent"))
+    return counts.values.to_numpy(), lent.values.to_numpy(), lent.offsets.to_numpy()

@@ -23,6 +23,7 @@ from megatron_llep.offline.recording import (
 )
 from megatron_llep.offline.recording.layout import list_loans
 from megatron_llep.planner import make_plan
+from support.recordings import read_batches
 
 P, E = 4, 8
 
@@ -68,7 +69,7 @@ def test_rows_come_back_from_any_pieces(tmp_path_factory, piece_bytes, steps):
     recording = Recording.open(folder)
     assert recording.info == make_info()
     assert_same(list(recording.read()), rows)
-    assert_same([row for batch in recording.read_batches() for row in batch], rows)
+    assert_same([row for batch in read_batches(recording) for row in batch], rows)
     assert recording.layers.tolist() == [0, 2]
 
 
@@ -92,7 +93,7 @@ def test_batches_join_what_several_writers_wrote(tmp_path):
             for g in (0, 1)
         ]
         write(tmp_path, rows, name=name, piece_bytes=4 * P * E * 5)
-    batches = list(Recording.open(tmp_path).read_batches())
+    batches = list(read_batches(Recording.open(tmp_path)))
     keys = [(b[0].step, b[0].micro_batch, b[0].group) for b in batches]
     assert keys == [(s, m, g) for s in range(3) for m in (0, 1) for g in (0, 1)]
     for batch, key in zip(batches, keys, strict=True):
@@ -104,7 +105,7 @@ def test_of_steps_that_a_resumed_run_repeats_the_later_count(tmp_path):
     write(tmp_path, [make_row(step, 0, seed=1) for step in range(4)])
     write(tmp_path, [make_row(step, 0, seed=2) for step in range(2, 6)])
     expected = [make_row(step, 0, seed=1 if step < 2 else 2) for step in range(6)]
-    (found,) = [[row for b in Recording.open(tmp_path).read_batches() for row in b]]
+    (found,) = [[row for b in read_batches(Recording.open(tmp_path)) for row in b]]
     assert_same(found, expected)
 
 
