@@ -111,7 +111,7 @@ def test_of_steps_that_a_resumed_run_repeats_the_later_count(tmp_path):
 
 def test_a_killed_writer_leaves_whole_pieces(tmp_path):
     program = (
-        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "import sys\n"
         "from test_recording import make_info, make_row, P, E\n"
         "from megatron_llep.offline.recording import RecordingWriter\n"
         "writer = RecordingWriter(sys.argv[1], make_info(), 'a', piece_bytes=4 * P * E * 10)\n"
@@ -119,8 +119,8 @@ def test_a_killed_writer_leaves_whole_pieces(tmp_path):
         "while True:\n"
         "    writer.add(make_row(step, 0)); step += 1\n"
     )
-    here = os.path.dirname(__file__)
-    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), here])
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=here)
     try:
         due = time.monotonic() + 60
         while len(list(tmp_path.glob("*.parquet"))) < 3:
