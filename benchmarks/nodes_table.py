@@ -4,8 +4,9 @@ python benchmarks/nodes_table.py    # prints a table, writes results/nodes.json;
 
 DeepSeek-V3's layer (256 experts, hidden 7168, ffn 2048, 8 experts a token), bf16 with gradients in
 fp32, forward and backward. Log-normal routing, the same on all nodes, or each node with its own hot
-experts. Tokens stay on their rank, then in their node. Medians over seeds. The busiest node's bytes
-are those of the direction that carries more.
+experts. Tokens stay on their rank, then in their node. Medians over seeds. Busiest is what a layer
+waits for: of each exchange (dispatch, combine, forward and backward) the direction of a node's link
+that carries most, summed; `one way` is what one direction carries in all of them.
 
 Shape letters: P ranks, E experts, N nodes.
 """
@@ -42,6 +43,7 @@ METHODS: dict[str, dict[str, object]] = {
     "exact": {"planner": "exact", "topology": NODES},
 }
 """`one node`: planned as if all ranks were on one."""
+WAYS = ("busiest", "one_way")
 
 
 def route(ranks: int, tokens: int, sigma: int, alike: bool, seed: int) -> np.ndarray:
@@ -74,9 +76,10 @@ def look_at(counts: np.ndarray, options: dict[str, object]) -> dict[str, float]:
     across = count_node_bytes(plan, counts, SHAPE, NODES)
     return {
         "imbalance": plan.imbalance_after,
-        "tokens_gb": across.tokens[0].sum() / 1e9,
-        "lent_gb": across.experts[0].sum() / 1e9,
+        "tokens_gb": across.tokens[:, 0].sum() / 1e9,
+        "lent_gb": across.experts[:, 0].sum() / 1e9,
         "busiest_gb": across.busiest / 1e9,
+        "one_way_gb": across.busiest_link / 1e9,
         "plan_us": statistics.median(seconds) * 1e6,
     }
 
@@ -90,11 +93,12 @@ def measure() -> list[dict[str, object]]:
         found: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
         for seed in SEEDS:
             counts = route(ranks, tokens, sigma, alike, seed)
-            plain = None
+            plain: dict[str, float] = {}
             for method, options in METHODS.items():
                 row = look_at(counts, options)
-                plain = plain or row["busiest_gb"]
-                found[method].append(row | {"of_plain": row["busiest_gb"] / plain})
+                plain = plain or row
+                ratios = {f"{key}_of_plain": row[f"{key}_gb"] / plain[f"{key}_gb"] for key in WAYS}
+                found[method].append(row | ratios)
         for method, of_method in found.items():
             figures = {
                 key: statistics.median(row[key] for row in of_method) for key in of_method[0]
@@ -108,10 +112,13 @@ def measure() -> list[dict[str, object]]:
 def format_rows(rows: list[dict[str, object]]) -> str:
     """The table."""
     head = ["nodes", "sigma", "tokens", "EP", "method", "imbalance", "tokens GB", "experts GB"]
-    lines: list[list[object]] = [[*head, "busiest GB", "of plain's", "plan us"]]
+    head += ["busiest GB", "of plain's", "one way GB", "of plain's"]
+    lines: list[list[object]] = [[*head, "plan us"]]
     for row in rows:
         figures = [f"{row['imbalance']:.2f}", f"{row['tokens_gb']:.1f}", f"{row['lent_gb']:.1f}"]
-        figures += [f"{row['busiest_gb']:.2f}", f"{row['of_plain']:.2f}", f"{row['plan_us']:.0f}"]
+        for key in WAYS:
+            figures += [f"{row[f'{key}_gb']:.2f}", f"{row[f'{key}_of_plain']:.2f}"]
+        figures.append(f"{row['plan_us']:.0f}")
         nodes = "alike" if row["nodes_alike"] else "differ"
         lines.append([nodes, row["sigma"], row["tokens"], row["ranks"], row["method"], *figures])
     return format_table(lines, "<>>><>")

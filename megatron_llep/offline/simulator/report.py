@@ -59,7 +59,7 @@ def make_detail_table(result: Result) -> list[list[str]]:
     rows = [[*head.split(","), "step speed-up", "layer GB", "model GB", "token GB", "expert GB"]]
     several_nodes = any(outcome.across_gigabytes for outcome in result.outcomes.values())
     if several_nodes:
-        rows[0] += ["across nodes GB", "busiest node GB"]
+        rows[0] += ["across nodes GB", "busiest link GB"]
     plain = result.outcomes["plain"]
     for method, o in result.outcomes.items():
         parts = (o.layer.compute, o.layer.exchange, o.layer.lending, o.layer.returning)

@@ -78,7 +78,7 @@ class Outcome:
     across_gigabytes: float
     """What crosses between nodes of tokens and lent experts; not of replicas' weights."""
     busiest_gigabytes: float
-    """Of that, what the busiest node sends, or receives."""
+    """Of that, what is waited for: of each exchange the busiest direction of a node's link."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

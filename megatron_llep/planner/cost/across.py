@@ -18,22 +18,31 @@ if TYPE_CHECKING:  # the planners import the cost model
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NodeBytes:
-    """What each node sends, and what it receives, [2, N]."""
+    """What nodes send, and what they receive, in each exchange of a layer."""
 
     tokens: np.ndarray
-    """With their gradients: four exchanges."""
+    """[4, 2, N] in dispatch, combine, and the backward of combine and of dispatch."""
     experts: np.ndarray
-    """Weights, as often as they are lent, and gradients."""
+    """[4, 2, N] beside each: weights with dispatch, and again with the backward of combine if they
+    are fetched again; gradients with the backward of dispatch."""
 
     @property
     def total(self) -> float:
         """All that crosses, once."""
-        return float((self.tokens + self.experts)[0].sum())
+        return float((self.tokens + self.experts)[:, 0].sum())
 
     @property
     def busiest(self) -> float:
-        """Of one direction of the busiest node's link."""
-        return float((self.tokens + self.experts).max())
+        """What a layer waits for: of each exchange the busiest direction of a node's link, summed.
+
+        An exchange ends when that direction has carried its part, however idle the other was.
+        """
+        return float((self.tokens + self.experts).max(axis=(1, 2)).sum())
+
+    @property
+    def busiest_link(self) -> float:
+        """What one direction of one node's link carries in all exchanges; the most of them."""
+        return float((self.tokens + self.experts).sum(axis=0).max())
 
 
 def count_node_bytes(
@@ -49,15 +58,17 @@ def count_node_bytes(
     """
     size = topology.node_size(plan.num_ranks)
     if size == plan.num_ranks:
-        return NodeBytes(tokens=np.zeros((2, 1)), experts=np.zeros((2, 1)))
+        nothing = np.zeros((4, 2, 1))
+        return NodeBytes(tokens=nothing, experts=nothing)
     per_node = (2, -1, size)
     pairs = count_tokens(plan, counts, topology)[1].reshape(per_node).sum(axis=2)
     traffic = count_lending(plan, shape.expert_weights, shape.scatter_from, topology)
     numbers = np.sum([each.numbers[1] for each in traffic], axis=0)
     numbers = numbers.reshape(per_node).sum(axis=2)
-    weights = shape.weight_bytes * (1 + shape.refetch) * numbers
-    # Two exchanges of tokens go one way and two the other; gradients go back.
+    weights, gradients = shape.weight_bytes * numbers, shape.bytes_per_gradient * numbers[::-1]
+    # Tokens go back from combine, and their gradients go there from its backward.
+    there, back = shape.token_bytes * pairs, shape.token_bytes * pairs[::-1]
     return NodeBytes(
-        tokens=2 * shape.token_bytes * (pairs + pairs[::-1]),
-        experts=weights + shape.bytes_per_gradient * numbers[::-1],
+        tokens=np.stack([there, back, there, back]),
+        experts=np.stack([weights, 0 * weights, shape.refetch * weights, gradients]),
     )
