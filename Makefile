@@ -40,6 +40,10 @@ DRAWS ?= 200
 SEED ?= 0
 FIRST ?= 0
 
+# Files of tests that run at once: make test JOBS=4. A test has up to 8 ranks of 0.6 GB.
+JOBS ?= 2
+SIDE_BY_SIDE = --numprocesses $(JOBS) --dist loadfile
+
 # One thread a rank: ranks share the cores of one machine.
 export OMP_NUM_THREADS := 1
 
@@ -73,10 +77,10 @@ gpu-check: $(READY) ## on a machine with GPUs: right, and how fast: benchmarks/r
 	$(BIN)/python tools/gpu_check.py
 
 test: $(READY) ## the tests, under 20 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE)
 
 test-long: $(READY) ## the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" $(SIDE_BY_SIDE)
 
 chaos: $(READY) ## random draws, LLEP against Megatron: benchmarks/results/chaos.json
 	$(BIN)/python tools/run_chaos.py --draws $(DRAWS) --seed $(SEED) --first $(FIRST)
