@@ -27,8 +27,10 @@ DIST_VENV := .venv-dist
 FRAMEWORKS_VENV := .venv-frameworks
 FRAMEWORKS_READY := $(FRAMEWORKS_VENV)/.ready
 
-# Rate of the link: make nodes RATE=10gbit
+# Rate of the link, and what is trained over it: make nodes RATE=10gbit FLAGS="--moe-router-topk 4"
 RATE ?= 100mbit
+NODES_CONFIG ?= configs/two-nodes.yaml
+FLAGS ?=
 
 # Layout of the demo: make demo TP=2 PP=2 EP=2
 TP ?= 1
@@ -71,7 +73,7 @@ bench: $(READY) ## one MoE layer, plain EP against LLEP: benchmarks/results/laye
 	$(BIN)/python benchmarks/bench_layer.py
 
 nodes: $(READY) ## two nodes with a slow link between them, on this machine, as root: RATE=100mbit
-	$(BIN)/python tools/two_nodes.py --rate $(RATE)
+	$(BIN)/python tools/two_nodes.py $(NODES_CONFIG) --rate $(RATE) -- $(FLAGS)
 
 gpu-check: $(READY) ## on a machine with GPUs: right, and how fast: benchmarks/results/gpu_check.json
 	$(BIN)/python tools/gpu_check.py

@@ -1,9 +1,11 @@
 """Train a small model over two nodes with a slow link between them, plain and with each planner.
 
     make nodes RATE=100mbit
+    python tools/two_nodes.py my.yaml --rate 1gbit -- --moe-router-force-biased 1.0
 
-Two network namespaces of this machine are the nodes, two ranks each; what crosses is counted at
-their interfaces. As root, on Linux, with iproute2; elsewhere it says so, and ends with 3.
+Two network namespaces of this machine are the nodes; what crosses is counted at their interfaces.
+The configuration is trained plain and with each planner; flags after `--` are for all trainings.
+As root, on Linux, with iproute2; elsewhere it says so, and ends with 3.
 """
 
 import argparse
@@ -15,22 +17,23 @@ from pathlib import Path
 
 from node_bed.bed import NoNamespacesError, join_two_nodes
 from node_bed.predict import predict_bytes
-from node_bed.trial import CONFIG, RANKS_PER_NODE, WARM_UP, Trial, train_on
+from node_bed.trial import ROOT, WARM_UP, Trial, train_on
 
-from megatron_llep.offline.launch.flags import load_config, read_value
+from megatron_llep.offline.launch.flags import split_extra
 from megatron_llep.offline.report.results import write_results
 from megatron_llep.offline.report.table import format_table
-from megatron_llep.planner.cost.model import LayerShape
 
+CONFIG = ROOT / "configs" / "two-nodes.yaml"
+ONE_NODE = ", one node"
 METHODS: dict[str, list[str] | None] = {
     "plain": None,
     "lla": ["--moe-llep-planner", "lla"],
-    "exact, one node": ["--moe-llep-planner", "exact", "--moe-llep-ranks-per-node", "4"],
-    "tolerant, one node": ["--moe-llep-planner", "tolerant", "--moe-llep-ranks-per-node", "4"],
+    "exact, one node": ["--moe-llep-planner", "exact"],
+    "tolerant, one node": ["--moe-llep-planner", "tolerant"],
     "exact": ["--moe-llep-planner", "exact"],
     "tolerant": ["--moe-llep-planner", "tolerant"],
 }
-"""Flags of each beside those of the configuration; `one node`: planned as if there were one."""
+"""Flags of each beside those of the configuration; `one node`: told that all ranks share one."""
 LOSS_TOLERANCE = 1e-5
 
 
@@ -39,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("config", nargs="?", type=Path, default=CONFIG, help="default: %(default)s")
     parser.add_argument("--rate", default="100mbit", help="of the link, each way, as tc reads it")
+    parser.add_argument("--ranks-per-node", type=int, default=2, help="of the two (default: 2)")
     parser.add_argument(
         "--iterations", type=int, default=12, help="of a training; the first 3 warm up"
     )
@@ -54,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Train, print the table, and say whether losses are those of plain."""
-    args = build_parser().parse_args()
+    own, extra = split_extra(sys.argv[1:])
+    args = build_parser().parse_args(own)
     # So that the nodes are taken down then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.iterations <= WARM_UP:
@@ -69,15 +75,20 @@ def main() -> int:
                     order = methods if turn % 2 == 0 else methods[::-1]
                     for number, method in enumerate(order):
                         print(f"two_nodes: round {turn + 1}, {method}", flush=True)
-                        flags = ["--train-iters", str(args.iterations)]
-                        own = METHODS[method]
-                        if own is not None:
-                            flags += [*own, "--moe-llep-record", str(_place(folder, method))]
+                        flags = [*extra, "--train-iters", str(args.iterations)]
+                        llep = METHODS[method]
+                        if llep is not None:
+                            flags += [*llep, "--moe-llep-record", str(_place(folder, method))]
+                            # Both nodes have this machine's name: they must be told.
+                            told = args.ranks_per_node * (2 if method.endswith(ONE_NODE) else 1)
+                            flags += ["--moe-llep-ranks-per-node", str(told)]
                         trials[method].append(
                             train_on(
                                 nodes,
+                                args.config,
                                 flags,
-                                llep=own is not None,
+                                ranks_per_node=args.ranks_per_node,
+                                llep=llep is not None,
                                 port=29500 + number,
                                 log=_place("runs/nodes", f"{method}.log"),
                                 limit=args.limit,
@@ -86,9 +97,9 @@ def main() -> int:
         except NoNamespacesError as error:
             print(f"two_nodes: {error}", file=sys.stderr)
             return 3
-        predicted = _predict(Path(folder), methods, args.iterations)
+        predicted = _predict(folder, methods, args.ranks_per_node, args.iterations)
     rows, records = _make_rows(trials, predicted)
-    print(f"\nlink of {args.rate} each way; {RANKS_PER_NODE} ranks a node; medians of steps")
+    print(f"\nlink of {args.rate} each way; {args.ranks_per_node} ranks a node; medians of steps")
     print(format_table(rows, "<" + ">" * (len(rows[0]) - 1)))
     print(
         "measured: at the interfaces, all that crosses; predicted: of the experts alone, from the"
@@ -107,25 +118,18 @@ def _place(folder: str, method: str) -> Path:
     return Path(folder, method.replace(", ", "-").replace(" ", "-"))
 
 
-def _predict(folder: Path, methods: list[str], iterations: int) -> dict[str, float]:
-    """Bytes of a step for the experts' sake, of each method."""
-    config = {flag: value for part in load_config(CONFIG).values() for flag, value in part.items()}
-    shape = LayerShape(
-        hidden=int(str(read_value(config, "--hidden-size", 0))),
-        ffn_hidden=int(str(read_value(config, "--moe-ffn-hidden-size", 0))),
-        num_experts=int(str(read_value(config, "--num-experts", 0))),
-        top_k=int(str(read_value(config, "--moe-router-topk", 0))),
-        bytes_per_element=4,
-    )
+def _predict(
+    folder: str, methods: list[str], ranks_per_node: int, iterations: int
+) -> dict[str, float]:
+    """Bytes of a step for the experts' sake, of each method; plain's by the routing of another."""
     steps = range(WARM_UP, iterations)
     lending = [method for method in methods if METHODS[method] is not None]
     found = {}
     for method in lending:
-        place = _place(str(folder), method)
-        found[method] = predict_bytes(place, shape, RANKS_PER_NODE, steps, lends=True)
+        found[method] = predict_bytes(_place(folder, method), ranks_per_node, steps, lends=True)
     if lending:
-        place = _place(str(folder), lending[0])
-        found["plain"] = predict_bytes(place, shape, RANKS_PER_NODE, steps, lends=False)
+        place = _place(folder, lending[0])
+        found["plain"] = predict_bytes(place, ranks_per_node, steps, lends=False)
     return found
 
 

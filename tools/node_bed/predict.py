@@ -4,26 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_llep.offline.recording import Recording
+from megatron_llep.offline.simulator.models import model_of_recording
 from megatron_llep.planner import Topology, plan_from_quota
 from megatron_llep.planner.cost.across import count_node_bytes
-from megatron_llep.planner.cost.model import LayerShape
 from megatron_llep.planner.plan import native_quota
 
 
 def predict_bytes(
-    recording: Path, shape: LayerShape, ranks_per_node: int, steps: Sequence[int], *, lends: bool
+    recording: Path, ranks_per_node: int, steps: Sequence[int], *, lends: bool
 ) -> float:
     """Bytes that cross in a step for the experts' sake: tokens, weights, gradients.
 
     Args:
         recording: of a training with LLEP.
-        shape: of its layers.
         ranks_per_node: of two nodes.
         steps: that count.
         lends: as it ran; else as plain expert parallelism routes the same tokens.
     """
     topology = Topology(ranks_per_node=ranks_per_node)
     found = Recording.open(recording)
+    shape = model_of_recording(found).layer
     total = 0.0
     for row in found.read():
         if row.step in steps:

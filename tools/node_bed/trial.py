@@ -14,8 +14,6 @@ from pathlib import Path
 from node_bed.bed import Node
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "two-nodes.yaml"
-RANKS_PER_NODE = 2
 WARM_UP = 3
 """Iterations that are not counted."""
 
@@ -42,13 +40,23 @@ class Trial:
 
 
 def train_on(
-    nodes: Sequence[Node], flags: Sequence[str], *, llep: bool, port: int, log: Path, limit: float
+    nodes: Sequence[Node],
+    config: Path,
+    flags: Sequence[str],
+    *,
+    ranks_per_node: int,
+    llep: bool,
+    port: int,
+    log: Path,
+    limit: float,
 ) -> Trial:
-    """Train `configs/two-nodes.yaml` on both nodes.
+    """Train a configuration on both nodes.
 
     Args:
         nodes: the two; the last rank, which logs, is on the second.
+        config: a file as `tools/launch.py` takes it.
         flags: more of the training script.
+        ranks_per_node: ranks on each of them.
         llep: with the LLEP flags of the configuration.
         port: for the ranks' meeting.
         log: for what they print.
@@ -62,10 +70,10 @@ def train_on(
     running: list[subprocess.Popen[str]] = []
     with log.open("w") as other_log:
         for number, node in enumerate(nodes):
-            command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(CONFIG)]
+            command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(config)]
             command += [] if llep else ["--no-llep"]
             command += ["--nnodes", str(len(nodes)), "--node-rank", str(number)]
-            command += ["--nproc", str(RANKS_PER_NODE)]
+            command += ["--nproc", str(ranks_per_node)]
             command += ["--rdzv-endpoint", f"{nodes[0].address}:{port}", "--", *flags]
             settings = {"GLOO_SOCKET_IFNAME": node.device, "PYTHONUNBUFFERED": "1"}
             running.append(
