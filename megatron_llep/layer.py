@@ -156,7 +156,8 @@ class LLEPMoELayer(MoELayer):
         self._put_off: deque[WeightLoan] = deque()
         self._recorder = shared.recorder if self.token_dispatcher.source == 0 else None
         if self._recorder is not None:
-            self._recorder.open(make_info(self.config, llep, pg_collection), pg_collection)
+            info = make_info(self.config, llep, pg_collection, groups.ranks_per_node)
+            self._recorder.open(info, pg_collection)
 
     @property
     def lendable(self) -> LendableExperts:

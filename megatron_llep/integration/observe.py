@@ -22,7 +22,8 @@ from megatron_llep.integration.mtp_layers import number_mtp_layers, with_numbere
 from megatron_llep.integration.settings.notices import Notices
 from megatron_llep.integration.spec_parts import copy_with, replace_parts
 from megatron_llep.layer import LLEPMoELayer
-from megatron_llep.lending.groups import gather_objects
+from megatron_llep.lending.groups import gather_objects, ranks_of
+from megatron_llep.lending.hosts import Hosts
 from megatron_llep.metrics import install_tracker
 from megatron_llep.observe.counts import Sharers
 from megatron_llep.observe.other_work import predict_other_seconds
@@ -74,8 +75,10 @@ def observe_model(
         chunks, get_cost_model(llep.cost_model or ASSUMED_MACHINE)
     )
     configs, groups = [layer.config for layer, _ in found], [groups for _, groups in found]
-    _prepare(llep, configs, groups, other_seconds)
-    watch = Watch(llep, prepare_recorder(llep, list(zip(groups, configs, strict=True))))
+    hosts = Hosts.gather()
+    _prepare(llep, hosts, configs, groups, other_seconds)
+    recorder = prepare_recorder(llep, list(zip(groups, configs, strict=True)))
+    watch = Watch(llep, hosts, recorder)
     for layer, its_groups in found:
         watch.add(layer.router, its_groups)
     number_mtp_layers(chunks)
@@ -94,7 +97,7 @@ def observe_spec(spec: Any, llep: LLEPConfig, pg_collection: ProcessGroupCollect
     Raises:
         ValueError: on all ranks; there are no groups.
     """
-    watch = Watch(llep)
+    watch = Watch(llep, Hosts.gather())
     watched = replace_parts(spec, partial(_watch_submodules, watch))
     refusal, groups = None, []
     try:
@@ -104,7 +107,7 @@ def observe_spec(spec: Any, llep: LLEPConfig, pg_collection: ProcessGroupCollect
         refusal = str(error)
     refuse_on_all_ranks(refusal)
     watch.recorder = prepare_recorder(llep, [(each, None) for each in groups])
-    _prepare(llep, [], groups, other_seconds=0.0)  # there is no model yet
+    _prepare(llep, watch.hosts, [], groups, other_seconds=0.0)  # there is no model yet
     return with_numbered_mtp(watched) if watched is not spec else spec
 
 
@@ -128,8 +131,9 @@ def check_outlook(
 class Watch:
     """Watches the routers of one model."""
 
-    def __init__(self, llep: LLEPConfig, recorder: Recorder | None = None) -> None:
+    def __init__(self, llep: LLEPConfig, hosts: Hosts, recorder: Recorder | None = None) -> None:
         self._llep = llep
+        self.hosts = hosts
         self.recorder = recorder
         self._sharers: dict[str, Sharers] = {}  # by the name of their group
 
@@ -141,13 +145,15 @@ class Watch:
         """Count what a router chooses from now on."""
         name = groups.tp_ep.group_name
         if name not in self._sharers:
+            ranks_per_host = self.hosts.find_ranks_per_node(ranks_of(groups.ep))
             self._sharers[name] = Sharers(
                 group=groups.tp_ep,
                 num_ranks=groups.ep.size(),
-                outlook=make_outlook(router.config, self._llep),
+                outlook=make_outlook(router.config, self._llep, ranks_per_host),
             )
             if self.recorder is not None and groups.tp_ep.rank() == 0:
-                self.recorder.open(make_info(router.config, self._llep, groups), groups)
+                info = make_info(router.config, self._llep, groups, ranks_per_host)
+                self.recorder.open(info, groups)
                 self.recorder.listen()
         watch_router(router, self._sharers[name])
 
@@ -167,8 +173,16 @@ class Watch:
         return router
 
 
-def make_outlook(config: TransformerConfig, llep: LLEPConfig) -> Outlook:
-    """How to plan ahead for the layers of a model."""
+def make_outlook(
+    config: TransformerConfig, llep: LLEPConfig, ranks_per_host: int | None = None
+) -> Outlook:
+    """How to plan ahead for the layers of a model.
+
+    Args:
+        config: of the model.
+        llep: of the run.
+        ranks_per_host: of the ranks that share tokens, as their hostnames tell.
+    """
     machine = llep.cost_model or ASSUMED_MACHINE
     cost = get_layer_cost(config, replace(llep, cost_model=machine))
     assert cost is not None, "a machine is named"
@@ -181,7 +195,8 @@ def make_outlook(config: TransformerConfig, llep: LLEPConfig) -> Outlook:
             "tolerance": llep.tolerance,
         },
         topology=Topology(
-            ranks_per_node=llep.ranks_per_node, lend_across_nodes=llep.lend_to == "any_node"
+            ranks_per_node=llep.ranks_per_node or ranks_per_host,
+            lend_across_nodes=llep.lend_to == "any_node",
         ),
         cost=cost,
         is_assumed=llep.cost_model is None,
@@ -196,34 +211,49 @@ def _watch_submodules(watch: Watch, part: Any, path: str) -> Any:
 
 def _prepare(
     llep: LLEPConfig,
+    hosts: Hosts,
     configs: Sequence[TransformerConfig],
     groups: Sequence[ProcessGroupCollection],
     other_seconds: float,
 ) -> None:
     """What ranks do together before the first step: compile planners, tell what is assumed."""
     notices = Notices()
-    lends = any(each.ep.size() > 1 for each in groups)
-    if not compile_once_per_host(llep, needed=lends):
+    sharing = [ranks_of(each.ep) for each in groups if each.ep.size() > 1]
+    if not compile_once_per_host(llep, needed=bool(sharing)):
         notices.add([NOT_CACHED])
     tracker = install_tracker()
     tracker.reducer.other_seconds = other_seconds
-    tracker.machine = llep.cost_model or f"{ASSUMED_MACHINE} (assumed)"
+    nodes = {_count_nodes(llep, hosts, ranks) for ranks in sharing}
+    mixed = [] if llep.ranks_per_node else hosts.list_mixed(sharing)
     # Rank 0 may have a stage without MoE layers, and tells what concerns the others.
-    ranks_lend, in_graphs = zip(
-        *gather_objects((lends, any(map(_captures_router, configs)))), strict=True
-    )
-    if any(ranks_lend):
-        notices.add([_describe_machine(llep)])
+    of_ranks = gather_objects((nodes, mixed, any(map(_captures_router, configs))))
+    all_nodes, all_mixed, in_graphs = zip(*of_ranks, strict=True)
+    where = _describe_nodes(set().union(*all_nodes))
+    tracker.machine = (llep.cost_model or f"{ASSUMED_MACHINE} (assumed)") + where
+    if any(all_nodes):
+        notices.add([_describe_machine(llep, where)])
+    notices.add([line for lines in all_mixed for line in lines][:1])
     if any(in_graphs):
         notices.add([IN_GRAPHS])
     notices.tell()
 
 
-def _describe_machine(llep: LLEPConfig) -> str:
+def _count_nodes(llep: LLEPConfig, hosts: Hosts, ranks: Sequence[int]) -> int:
+    return len(ranks) // (llep.ranks_per_node or hosts.find_ranks_per_node(ranks) or len(ranks))
+
+
+def _describe_nodes(numbers: set[int]) -> str:
+    """Where ranks that share tokens are; nothing is said where all are on one node."""
+    if numbers <= {1}:
+        return ""
+    return f", on {' or '.join(map(str, sorted(numbers)))} nodes"
+
+
+def _describe_machine(llep: LLEPConfig, where: str) -> str:
     model = get_cost_model(llep.cost_model or ASSUMED_MACHINE)
     line = (
         "--moe-llep-planner observe: plain expert parallelism runs; what lending would gain is "
-        f"predicted for {model.machine}"
+        f"predicted for {model.machine}{where}"
     )
     if llep.cost_model is None:
         line += "; this is assumed, name the machine at hand by --moe-llep-cost-model"

@@ -1,6 +1,5 @@
 """What all layers of a model share: groups, a stream and a slab of memory for lending, progress."""
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_llep.lending.grad_scratch import GradScratch
-from megatron_llep.lending.groups import LENDING, REPLICAS, Key, gather_objects, make_groups
-from megatron_llep.lending.hosts import find_ranks_per_node
+from megatron_llep.lending.groups import LENDING, REPLICAS, Key, make_groups
+from megatron_llep.lending.hosts import Hosts
 from megatron_llep.lending.memory import ForeignMemory
 from megatron_llep.lending.progress import Progress
 from megatron_llep.lending.replicas import GroupRanks, join_all, read_ranks
@@ -48,7 +47,7 @@ class SharedLending:
         self._joins_replicas = False
         self._ranks: dict[GroupRanks, GroupRanks] = {}
         self._groups: dict[Key, dist.ProcessGroup] = {}
-        self._hosts: list[str] = []
+        self._hosts: Hosts | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedLending":
         """Itself: layers built from a copied specification share what they would have shared.
@@ -87,7 +86,7 @@ class SharedLending:
                 wanted[REPLICAS, shared.ep] = like[own].ep
                 wanted[REPLICAS, shared.tp_ep] = like[own].tp_ep
         self._groups = make_groups(wanted)
-        self._hosts = gather_objects(socket.gethostname())
+        self._hosts = Hosts.gather()
 
     def groups_of(self, pg_collection: ProcessGroupCollection) -> LayerGroups:
         """Of a layer, by its own groups.
@@ -110,20 +109,14 @@ class SharedLending:
                 tp_ep=self._groups[REPLICAS, shared.tp_ep],
                 expt_tp=pg_collection.expt_tp,
             )
+        assert self._hosts is not None, "they were gathered where the groups were made"
         return LayerGroups(
             tokens=tokens,
             lending=self._groups[LENDING, shared.ep],
-            ranks_per_node=self._find_ranks_per_node(shared.ep),
+            ranks_per_node=self._hosts.find_ranks_per_node(shared.ep),
         )
 
     def list_mixed_nodes(self) -> list[str]:
         """A line where nodes cannot be told by hostnames, of groups of this rank."""
-        mixed = [each.ep for each in self._ranks.values() if not self._find_ranks_per_node(each.ep)]
-        return [
-            f"ranks {list(ranks)}, which share tokens, are not spread evenly over hosts, one after "
-            "another, and count as one node: see --moe-llep-ranks-per-node"
-            for ranks in mixed[:1]
-        ]
-
-    def _find_ranks_per_node(self, ranks: Sequence[int]) -> int | None:
-        return find_ranks_per_node([self._hosts[rank] for rank in ranks])
+        assert self._hosts is not None, "prepare_groups comes first"
+        return self._hosts.list_mixed(each.ep for each in self._ranks.values())

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def make_info(
-    config: "TransformerConfig", llep: LLEPConfig, groups: "ProcessGroupCollection"
+    config: "TransformerConfig",
+    llep: LLEPConfig,
+    groups: "ProcessGroupCollection",
+    ranks_per_host: int | None = None,
 ) -> "RecordingInfo":
     """For a model's MoE layers.
 
@@ -27,6 +30,7 @@ def make_info(
         config: of the model.
         llep: of the run.
         groups: of the layers, as they are without LLEP; `ep` and `expt_dp` are used.
+        ranks_per_host: of the ranks that share tokens, as their hostnames tell.
 
     Raises:
         ImportError: pyarrow is missing.
@@ -41,6 +45,7 @@ def make_info(
         num_layers=config.num_layers + (config.mtp_num_layers or 0),
         planner=llep.planner,
         settings=dataclasses.asdict(llep),
+        ranks_per_host=ranks_per_host,
         model=dataclasses.asdict(get_layer_shape(config, llep)) | _describe_rest(),
     )
 

@@ -41,6 +41,9 @@ class RecordingInfo:
     """Which planned, "observe" where plain expert parallelism ran."""
     settings: dict[str, Any] = field(default_factory=dict)
     """LLEP's, as `LLEPConfig` has them."""
+    ranks_per_host: int | None = None
+    """Of these P ranks, as `--moe-llep-ranks-per-node auto` finds it; None where it finds none, and
+    of recordings that do not say it."""
     model: dict[str, Any] = field(default_factory=dict)
     """What the cost model asks of a layer (`LayerShape`), as far as the run knows it."""
     version: int = VERSION
@@ -49,6 +52,11 @@ class RecordingInfo:
     def sizes(self) -> tuple[int, int, int, int]:
         """Ranks, experts, experts a token, layers: the same in all that is one run."""
         return self.num_ranks, self.num_experts, self.top_k, self.num_layers
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        """As the run was told, else as it found; None: it took all ranks for one node."""
+        return self.settings.get("ranks_per_node") or self.ranks_per_host
 
     def encode(self) -> bytes:
         """As JSON."""
