@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_llep.offline.cli.routing import make_topology, workload_counts
+from megatron_llep.offline.cli.routing import workload_counts
+from megatron_llep.offline.nodes import make_topology
 from megatron_llep.offline.report.figure import INK, METHODS, open_figure
 from megatron_llep.offline.report.progress import start_progress
 from megatron_llep.offline.simulator.models import ModelShape

@@ -11,12 +11,13 @@ from megatron_llep.offline.cli.replay import Replay, open_if_recording
 from megatron_llep.offline.cli.routing import (
     add_routing_arguments,
     list_workloads,
-    make_topology,
     trace_counts,
     workload_counts,
 )
+from megatron_llep.offline.nodes import Nodes, find_nodes
 from megatron_llep.offline.report.table import format_table
 from megatron_llep.planner import PLANNERS, Plan, make_plan
+from megatron_llep.planner.prices import Prices
 
 if TYPE_CHECKING:
     from megatron_llep.offline.recording import RecordedLayer
@@ -63,14 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan, and draw it if asked to."""
     counts, ran = _find_counts(args)
+    nodes = find_nodes(
+        args.ranks_per_node, len(counts), None if ran is None else ran.ranks_per_node
+    )
     plan = make_plan(
         counts,
         planner=args.planner,
         max_foreign=args.max_foreign,
         tolerance=args.tolerance,
-        topology=make_topology(args.ranks_per_node, len(counts)),
+        topology=nodes.topology,
+        prices=None if ran is None else ran.prices,
     )
-    print(describe_plan(plan, ran))
+    print(describe_plan(plan, ran, nodes))
     if args.output:
         from megatron_llep.offline.cli.plan_picture import draw_plan
 
@@ -86,7 +91,14 @@ def _find_counts(args: argparse.Namespace) -> tuple[np.ndarray, "Ran | None"]:
         replay = Replay.of(recording, num_ranks=args.ranks, num_experts=args.experts)
         _check_place(args, replay.layers, replay.batches)
         row = replay.read(args.layer, args.step)
-        return replay.split(row.counts), Ran(row=row, planner=recording.info.planner)
+        shape = recording.info.shape
+        ran = Ran(
+            row=row,
+            planner=recording.info.planner,
+            ranks_per_node=replay.ranks_per_node,
+            prices=None if shape is None else shape.prices,
+        )
+        return replay.split(row.counts), ran
     ranks = RANKS if args.ranks is None else args.ranks
     experts = EXPERTS if args.experts is None else args.experts
     if args.trace:
@@ -119,6 +131,10 @@ class Ran:
 
     row: "RecordedLayer"
     planner: str
+    ranks_per_node: int | None
+    """None where nobody knows."""
+    prices: Prices | None
+    """Of its layer's loans; None where its sizes are not known."""
 
     def describe(self) -> str:
         """In a line."""
@@ -130,12 +146,13 @@ class Ran:
         )
 
 
-def describe_plan(plan: Plan, ran: Ran | None = None) -> str:
+def describe_plan(plan: Plan, ran: Ran | None = None, nodes: Nodes | None = None) -> str:
     """The plan as a table: a row for each rank.
 
     Args:
         plan: to be shown.
         ran: shown beside it; its loads only where its ranks are the plan's.
+        nodes: named where there are several.
     """
     before, after = plan.load_per_rank_before, plan.load_per_rank_after
     _, home, _ = plan.transfers.T
@@ -149,9 +166,10 @@ def describe_plan(plan: Plan, ran: Ran | None = None) -> str:
     if len(loads) == plan.num_ranks:
         align = ">>>>><"
         rows = [[*row[:3], load, *row[3:]] for row, load in zip(rows, ["ran", *loads], strict=True)]
+    several = "" if nodes is None or nodes.number == 1 else f" ({nodes})"
     return (
-        f"{plan.num_ranks} ranks, {plan.num_experts} experts, {before.sum()} (token, expert) "
-        f"pairs, {before.sum() / plan.num_ranks:.0f} a rank on average\n"
+        f"{plan.num_ranks} ranks{several}, {plan.num_experts} experts, {before.sum()} "
+        f"(token, expert) pairs, {before.sum() / plan.num_ranks:.0f} a rank on average\n"
         f"largest load: {plan.imbalance_before:.3f} -> {plan.imbalance_after:.3f} x mean; "
         f"{len(plan.transfers)} experts lent, at most {plan.max_foreign} to a rank\n"
         + (f"{ran.describe()}\n" if ran is not None else "")

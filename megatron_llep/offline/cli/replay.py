@@ -76,6 +76,13 @@ class Replay:
         """L."""
         return self.rows.shape[1]
 
+    @property
+    def ranks_per_node(self) -> int | None:
+        """As recorded, None where nobody knows; a split makes more nodes of several, not of one."""
+        info = self.recording.info
+        one = info.ranks_per_node == info.num_ranks
+        return self.num_ranks if one else info.ranks_per_node
+
     def read(self, layer: int, batch: int) -> "RecordedLayer":
         """One of them, as it was recorded."""
         (found,) = self.recording.read(self.rows[batch, layer : layer + 1])

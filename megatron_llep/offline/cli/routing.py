@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_llep.offline.workloads import WORKLOADS, TracedLayer, make_counts, read_trace
-from megatron_llep.planner.topology import Topology
 
 
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +26,9 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
         "95%% into 1 expert is then 95%% of all (token, expert) pairs; without it at most 1 / K",
     )
     parser.add_argument(
-        "--ranks-per-node", type=int, help="consecutive ranks that share a node; default: all"
+        "--ranks-per-node",
+        type=int,
+        help="consecutive ranks that share a node; default: as recorded, else all",
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -35,13 +36,6 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
 def list_workloads() -> str:
     """All workloads with what they are, for a command's help."""
     return "workloads:\n" + "\n".join(f"  {w.name:13} {w.summary}" for w in WORKLOADS.values())
-
-
-def make_topology(ranks_per_node: int | None, num_ranks: int) -> Topology:
-    """A group that fits into a node is on one."""
-    if ranks_per_node is None or ranks_per_node >= num_ranks:
-        return Topology()
-    return Topology(ranks_per_node=ranks_per_node)
 
 
 def workload_counts(

@@ -11,10 +11,10 @@ from megatron_llep.offline.cli.replay import Replay, open_if_recording
 from megatron_llep.offline.cli.routing import (
     add_routing_arguments,
     list_workloads,
-    make_topology,
     trace_counts,
     workload_counts,
 )
+from megatron_llep.offline.nodes import Nodes, find_nodes
 from megatron_llep.offline.report.progress import start_progress
 from megatron_llep.offline.report.results import write_results
 from megatron_llep.offline.report.table import format_table
@@ -116,9 +116,9 @@ def run(args: argparse.Namespace) -> int:
     ranks = args.ep or [8 if recording is None else recording.info.num_ranks]
     wanted = list(product(models, ranks, routings))
     cases = [_make_case(args, cost, recording, *each) for each in wanted]
-    advance = start_progress(sum(case.steps for case, _ in cases), "simulating")
+    advance = start_progress(sum(case.steps for case, *_ in cases), "simulating")
     results = []
-    for (model, num_ranks, routing), (case, tokens) in zip(wanted, cases, strict=True):
+    for (model, num_ranks, routing), (case, tokens, _) in zip(wanted, cases, strict=True):
         results.append(
             Result(
                 model=model.name,
@@ -131,6 +131,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"predicted, not measured; machine: {cost.machine}")
     if recording is not None:
         print(_describe_recording(recording, cases[0][0]))
+    if recording is not None or args.ranks_per_node is not None:
+        nodes = {f"EP {each.num_ranks}: {each}": None for *_, each in cases}
+        print(f"nodes: {'; '.join(nodes)}")
     for head, of_model in group_by_model(results).items():
         print(f"\n{head}")
         if len(of_model) == 1:
@@ -190,13 +193,14 @@ def _make_case(
     model: ModelShape,
     num_ranks: int,
     routing: str,
-) -> tuple[Case, int]:
-    """What to simulate, and its most tokens a rank."""
-    layers, steps = args.layers, args.steps or STEPS
+) -> tuple[Case, int, Nodes]:
+    """What to simulate, its most tokens a rank, and its nodes."""
+    layers, steps, recorded = args.layers, args.steps or STEPS, None
     E, K = model.layer.num_experts, model.layer.top_k
     tokens = args.tokens or model.tokens_per_rank
     if recording is not None:
         replay = Replay.of(recording, num_ranks=num_ranks, num_experts=args.experts, flag="--ep")
+        recorded = replay.ranks_per_node
         counts, steps = replay.load(args.steps or RECORDED_STEPS)
         layers = replay.layers
         tokens = int(counts(0, 0).sum(axis=1).max()) // K
@@ -213,17 +217,18 @@ def _make_case(
             seed=args.seed,
             repeat_experts=args.repeat_experts,
         )
+    nodes = find_nodes(args.ranks_per_node, num_ranks, recorded)
     case = Case(
         model=model,
         cost=cost,
-        topology=make_topology(args.ranks_per_node, num_ranks),
+        topology=nodes.topology,
         make_counts=counts,
         layers=layers,
         steps=steps,
         replace_every=args.replace_every,
         spare_slots=args.spare_slots,
     )
-    return case, tokens
+    return case, tokens, nodes
 
 
 def _write(folder: Path, results: list[Result], cost: CostModel) -> None:

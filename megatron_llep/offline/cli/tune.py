@@ -3,10 +3,18 @@
 import argparse
 from pathlib import Path
 
-from megatron_llep.offline.cli.routing import make_topology
+from megatron_llep.offline.nodes import Nodes, find_nodes, make_topology
 from megatron_llep.offline.report.progress import start_progress
 from megatron_llep.offline.simulator.models import MODELS, get_model
-from megatron_llep.offline.tune import Replayer, Sample, choose, make_grid, read_sample, search
+from megatron_llep.offline.tune import (
+    Replayer,
+    Sample,
+    choose,
+    list_nodes,
+    make_grid,
+    read_sample,
+    search,
+)
 from megatron_llep.offline.tune.choose import MARGIN, MOST_SLOWER
 from megatron_llep.offline.tune.model import find_shape, predict_others
 from megatron_llep.offline.tune.replay import drop_threshold
@@ -92,24 +100,23 @@ def run(args: argparse.Namespace) -> int:
     )
     base = keep_settings(sample.settings)
     cost = LayerCost(model=cost_model, shape=find_shape(sample, base, model))
-    per_node = args.ranks_per_node
-    if per_node is None:
-        per_node = sample.settings.get("ranks_per_node")
-    topology = make_topology(per_node, sample.num_ranks)
-    topology.node_size(sample.num_ranks)
+    nodes = find_nodes(args.ranks_per_node, sample.num_ranks, sample.ranks_per_node)
     mean_load = sum(int(each.sum()) for each in sample.counts) / len(sample.counts)
     grid = make_grid(
         base,
         experts_per_rank=sample.num_experts // sample.num_ranks,
         mean_load=mean_load / sample.num_ranks,
         machine=machine,
-        ranks_per_node=topology.ranks_per_node,
+        nodes=list_nodes(nodes, sample.ranks_per_host),
         max_foreign=args.max_foreign,
     )
     others = predict_others(sample, model, cost_model)
-    lines = _describe(args, sample, len(grid), cost_model.machine, others is not None)
+    lines = _describe(args, sample, nodes, len(grid), cost_model.machine, others is not None)
     print("\n".join(lines), end="\n\n", flush=True)
-    replayer = Replayer(sample.counts, cost, topology, base.token_assignment)
+    found = None
+    if sample.ranks_per_host is not None:
+        found = make_topology(sample.ranks_per_host, sample.num_ranks)
+    replayer = Replayer(sample.counts, cost, nodes.topology, base.token_assignment, found)
     groups = len({drop_threshold(setting) for setting in grid})
     scored = search(replayer, grid, start_progress(groups, "replaying"))
     choice = choose(scored, replayer, sample, cost, others=others, margin=args.margin)
@@ -124,7 +131,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _describe(
-    args: argparse.Namespace, sample: Sample, settings: int, machine: str, whole: bool
+    args: argparse.Namespace,
+    sample: Sample,
+    nodes: Nodes,
+    settings: int,
+    machine: str,
+    whole: bool,
 ) -> list[str]:
     """What was replayed, where, and what the gain is of."""
     lines = [
@@ -135,6 +147,7 @@ def _describe(
     ]
     if args.machine is None:
         lines[-1] += "; an assumption, give --machine"
+    lines.append(f"nodes: {nodes}")
     what = "the whole step, forward and backward" if whole else "MoE layers only, without the rest"
     lines.append(f"predicted, not measured: {what}; {settings} settings")
     return lines

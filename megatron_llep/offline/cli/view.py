@@ -5,9 +5,11 @@ import dataclasses
 import time
 from pathlib import Path
 
-from megatron_llep.offline.cli.routing import make_topology
 from megatron_llep.offline.methods import METHODS, check_methods
+from megatron_llep.offline.nodes import find_nodes
 from megatron_llep.planner.cost.presets import PRESETS, get_cost_model
+
+_DEFAULT_MACHINE = "h200"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--machine",
-        default="h200",
         help=f"for predicted times: of {', '.join(PRESETS)} (from data sheets), or a file that "
-        "calibrate wrote; default: %(default)s",
+        f"calibrate wrote; default: {_DEFAULT_MACHINE}, an assumption",
     )
     parser.add_argument(
         "--model",
@@ -41,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(METHODS)}; default: all",
     )
     parser.add_argument(
-        "--ranks-per-node", type=int, help="consecutive ranks that share a node; default: all"
+        "--ranks-per-node",
+        type=int,
+        help="consecutive ranks that share a node; default: as recorded, else all",
     )
     parser.add_argument(
         "--max-cells",
@@ -61,26 +64,22 @@ def run(args: argparse.Namespace) -> int:
     from megatron_llep.offline.simulator.models import get_model
     from megatron_llep.offline.view.build import Options, build_view
     from megatron_llep.offline.view.page import write_page
+    from megatron_llep.offline.view.summary import SAID
 
     started = time.monotonic()
     methods = check_methods(("plain", *args.planners), "--planners")
     if args.max_cells is not None and args.max_cells < 1:
         raise ValueError(f"--max-cells {args.max_cells} must be at least 1")
-    cost = get_cost_model(args.machine)
+    cost = get_cost_model(args.machine or _DEFAULT_MACHINE)
     shape = get_model(args.model).layer if args.model else None
     recording = Recording.open(args.folder)
-    P, per_node = recording.info.num_ranks, args.ranks_per_node
+    info = recording.info
     if shape is not None:
-        info = recording.info
         shape = dataclasses.replace(shape, num_experts=info.num_experts, top_k=info.top_k)
-    if per_node is not None and (per_node < 1 or P % min(per_node, P)):
-        raise ValueError(
-            f"--ranks-per-node {per_node} does not divide the {P} ranks that share tokens: give "
-            "how many of them are on each node, or leave it out"
-        )
     options = Options(
         cost=cost,
-        topology=make_topology(per_node, P),
+        nodes=find_nodes(args.ranks_per_node, info.num_ranks, info.ranks_per_node),
+        is_assumed=args.machine is None,
         methods=methods,
         shape=shape,
         shape_from=args.model or "the recording",
@@ -90,5 +89,8 @@ def run(args: argparse.Namespace) -> int:
     size = write_page(args.output, view)
     seconds = time.monotonic() - started
     print(view["summary"])
+    for name, value in view["facts"]:
+        if name in SAID:
+            print(f"{name.lower()}: {value}")
     print(f"written: {args.output}, {size / 1e6:.1f} MB ({seconds:.0f} s)")
     return 0

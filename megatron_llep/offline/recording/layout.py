@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from megatron_llep.planner.cost.model import LayerShape
 from megatron_llep.planner.plan import Plan, plan_from_quota
 
 INFO_KEY = b"megatron_llep"
@@ -57,6 +58,15 @@ class RecordingInfo:
     def ranks_per_node(self) -> int | None:
         """As the run was told, else as it found; None: it took all ranks for one node."""
         return self.settings.get("ranks_per_node") or self.ranks_per_host
+
+    @property
+    def shape(self) -> LayerShape | None:
+        """Of the MoE layers; None where their sizes are not known."""
+        known = {each.name for each in dataclasses.fields(LayerShape)}
+        given = {name: value for name, value in self.model.items() if name in known}
+        if not given.keys() >= {"hidden", "ffn_hidden"}:
+            return None
+        return LayerShape(**given | {"num_experts": self.num_experts, "top_k": self.top_k})
 
     def encode(self) -> bytes:
         """As JSON."""

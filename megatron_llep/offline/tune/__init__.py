@@ -4,7 +4,7 @@ from megatron_llep.offline.tune.choose import Choice, Outcome, choose
 from megatron_llep.offline.tune.replay import Replayer, plan_setting
 from megatron_llep.offline.tune.sample import Sample, read_sample
 from megatron_llep.offline.tune.search import search
-from megatron_llep.offline.tune.settings import make_grid
+from megatron_llep.offline.tune.settings import list_nodes, make_grid
 
 __all__ = [
     "Choice",
@@ -12,6 +12,7 @@ __all__ = [
     "Replayer",
     "Sample",
     "choose",
+    "list_nodes",
     "make_grid",
     "plan_setting",
     "read_sample",

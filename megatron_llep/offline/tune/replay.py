@@ -14,8 +14,8 @@ import numpy as np
 from megatron_llep.config import LLEPConfig
 from megatron_llep.planner import Plan, make_plan
 from megatron_llep.planner.cost.model import LayerCost
-from megatron_llep.planner.make import default_threshold
-from megatron_llep.planner.topology import Topology
+from megatron_llep.planner.make import default_threshold, goes_by_senders
+from megatron_llep.planner.topology import ONE_NODE, Topology
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,13 +30,16 @@ class Replay:
     """int64 [N], experts lent."""
 
 
-def plan_setting(counts: np.ndarray, setting: LLEPConfig, cost: LayerCost) -> Plan:
+def plan_setting(
+    counts: np.ndarray, setting: LLEPConfig, cost: LayerCost, found: Topology = ONE_NODE
+) -> Plan:
     """The plan that training with these settings makes of counts [P, E], without replicas.
 
     Args:
         counts: integers.
         setting: which planner, and its numbers; a `cost_model` is not read.
-        cost: what planner auto predicts with.
+        cost: what planner auto predicts with, and the prices of loans between nodes.
+        found: the nodes that are found where the setting does not tell them.
     """
     return make_plan(
         counts,
@@ -46,11 +49,16 @@ def plan_setting(counts: np.ndarray, setting: LLEPConfig, cost: LayerCost) -> Pl
         min_tokens_per_gemm=setting.min_tokens_per_gemm,
         imbalance_threshold=setting.imbalance_threshold,
         tolerance=setting.tolerance,
-        topology=Topology(
-            ranks_per_node=setting.ranks_per_node,
-            lend_across_nodes=setting.lend_to == "any_node",
-        ),
+        topology=_tell_topology(setting, found),
         cost=cost,
+    )
+
+
+def _tell_topology(setting: LLEPConfig, found: Topology) -> Topology:
+    """What planners go by."""
+    return Topology(
+        ranks_per_node=setting.ranks_per_node or found.ranks_per_node,
+        lend_across_nodes=setting.lend_to == "any_node",
     )
 
 
@@ -68,6 +76,7 @@ class Replayer:
         cost: LayerCost,
         topology: Topology,
         order: str = "local_first",
+        found: Topology | None = None,
     ):
         """Predict plain expert parallelism.
 
@@ -76,8 +85,11 @@ class Replayer:
             cost: machine and layer.
             topology: which ranks really share a node, whatever a setting says.
             order: which tokens of a lent expert go where (`--moe-llep-token-assignment`).
+            found: the nodes that training finds where a setting does not tell them; None: they are
+                as they are.
         """
         self._counts, self._cost, self._topology, self._order = counts, cost, topology, order
+        self._found = found or topology
         self._known: list[dict[int, float]] = [{} for _ in counts]
         plans = [make_plan(each, planner="exact", max_foreign=0) for each in counts]
         self.imbalance = np.array([plan.imbalance_before for plan in plans])
@@ -96,7 +108,7 @@ class Replayer:
         seconds = np.zeros(len(rows))
         foreign, lent = (np.zeros(len(rows), np.int64) for _ in range(2))
         for at, row in enumerate(rows.tolist()):
-            plan = plan_setting(self._counts[row], setting, self._cost)
+            plan = plan_setting(self._counts[row], setting, self._cost, self._found)
             seconds[at] = self._predict(row, plan)
             foreign[at], lent[at] = plan.max_foreign, len(plan.transfers)
         return Replay(seconds=seconds, foreign=foreign, lent=lent)
@@ -108,6 +120,9 @@ class Replayer:
         threshold = setting.imbalance_threshold
         if threshold is None:
             threshold = default_threshold(setting.planner, setting.tolerance)
+            told = _tell_topology(setting, self._found)
+            if goes_by_senders(setting.planner, told, len(self._counts[0])):
+                return planned
         lends = self.imbalance[rows] >= threshold
         return Replay(
             seconds=np.where(lends, planned.seconds, self.plain[rows]),

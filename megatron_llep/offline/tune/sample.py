@@ -31,6 +31,10 @@ class Sample:
     """MoE layers of the run, whichever ranks computed them."""
     settings: dict[str, Any] = field(default_factory=dict)
     """LLEP's, in the run; empty if nobody knows."""
+    ranks_per_node: int | None = None
+    """As the run was told, else as it found; None if nobody knows."""
+    ranks_per_host: int | None = None
+    """As `--moe-llep-ranks-per-node auto` finds it."""
     model: dict[str, Any] = field(default_factory=dict)
     """Of the layer (`LayerShape`) and `other_flops_per_token`, as far as the run knew them."""
 
@@ -127,6 +131,8 @@ def _sample_recording(folder: Path, most: int, num_ranks: int | None) -> Sample:
         top_k=info.top_k,
         moe_layers=len(recording.layers),
         settings=info.settings,
+        ranks_per_node=info.ranks_per_node,
+        ranks_per_host=info.ranks_per_host,
         model=info.model,
     )
 

@@ -1,11 +1,12 @@
 """The settings that are tried, each an `LLEPConfig`, and the flags that ask for one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 
-from megatron_llep.config import LLEPConfig, flag_of
+from megatron_llep.config import LEND_TO, LLEPConfig, flag_of
+from megatron_llep.offline.nodes import Nodes
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.25, 0.5)
 CAPACITY_FACTORS = (1.0, 1.25)
@@ -65,7 +66,7 @@ def make_grid(
     experts_per_rank: int,
     mean_load: float,
     machine: str,
-    ranks_per_node: int | None = None,
+    nodes: Sequence[dict[str, Any]] = ({},),
     max_foreign: int | None = None,
 ) -> list[LLEPConfig]:
     """All settings that are tried, simple ones first.
@@ -75,7 +76,7 @@ def make_grid(
         experts_per_rank: more cannot be borrowed.
         mean_load: pairs of a rank; `lla` lends no expert for so many tokens or more.
         machine: what planner auto is told.
-        ranks_per_node: where there are several nodes; then planners are told so, or not.
+        nodes: what planners are told of them, of `list_nodes`.
         max_foreign: the most experts that a rank may borrow; None: no bound.
 
     Raises:
@@ -89,16 +90,34 @@ def make_grid(
     unbounded = max_foreign is None or max_foreign >= experts_per_rank
     most = experts_per_rank if unbounded or max_foreign is None else max_foreign
     bounds = [None if unbounded else most, *(n for n in MAX_FOREIGN if n < most)]
-    nodes: list[dict[str, Any]] = [{}]
-    if ranks_per_node is not None:
-        nodes = [{"ranks_per_node": ranks_per_node, "lend_to": to} for to in _LEND_TO] + nodes
     return [
-        replace(base, **planner, **node, max_foreign_experts=bound)
-        for node, bound, planner in product(nodes, bounds, _list_planners(mean_load, machine))
+        replace(base, **planner, **told, max_foreign_experts=bound)
+        for told, bound, planner in product(nodes, bounds, _list_planners(mean_load, machine))
     ]
 
 
-_LEND_TO = ("any_node", "own_node")
+def list_nodes(nodes: Nodes, ranks_per_host: int | None = None) -> list[dict[str, Any]]:
+    """What planners may be told of nodes: what they are; each to balance itself; that there is one.
+
+    Args:
+        nodes: as they are.
+        ranks_per_host: what `--moe-llep-ranks-per-node auto` finds, which need not be told; None
+            where nobody knows.
+    """
+    one = nodes.num_ranks
+    if ranks_per_host is None and nodes.number == 1:
+        ranks_per_host = one
+
+    def tell(ranks_per_node: int) -> int | None:
+        return None if ranks_per_node == ranks_per_host else ranks_per_node
+
+    if nodes.number == 1:
+        return [{"ranks_per_node": tell(one)}]
+    told = tell(nodes.ranks_per_node)
+    return [
+        *({"ranks_per_node": told, "lend_to": to} for to in LEND_TO),
+        {"ranks_per_node": tell(one)},
+    ]
 
 
 def _list_planners(mean_load: float, machine: str) -> Iterator[dict[str, Any]]:
@@ -125,9 +144,10 @@ def _list_planners(mean_load: float, machine: str) -> Iterator[dict[str, Any]]:
 def list_flags(setting: LLEPConfig) -> dict[str, object]:
     """Flag -> value of all that is tuned or kept, defaults too: nothing below shows through.
 
-    What the planner ignores, and what has no value, is None: the flag is left out.
+    What the planner ignores, and what has no value, is None: the flag is left out. So are nodes
+    that are found, and lending to any.
     """
-    unset = (*_IGNORED[setting.planner], *(() if setting.ranks_per_node else ("lend_to",)))
+    unset = (*_IGNORED[setting.planner], *(("lend_to",) if setting.lend_to == "any_node" else ()))
     flags: dict[str, object] = {flag_of("enabled"): True}
     for name in (*TUNED, *KEPT):
         flags[flag_of(name)] = None if name in unset else getattr(setting, name)

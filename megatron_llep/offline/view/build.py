@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from megatron_llep.offline.methods import METHODS
+from megatron_llep.offline.nodes import Nodes, find_nodes
 from megatron_llep.offline.recording import Recording, RecordingInfo
 from megatron_llep.offline.report.progress import start_progress
 from megatron_llep.offline.view.columns import Columns
@@ -13,9 +14,8 @@ from megatron_llep.offline.view.details import RECORDED, keep_details
 from megatron_llep.offline.view.drift import encode_drift
 from megatron_llep.offline.view.gather import Gathered, gather
 from megatron_llep.offline.view.summary import describe_facts, write_summary
-from megatron_llep.offline.view.times import choose_rows, get_shape, predict_times
+from megatron_llep.offline.view.times import choose_rows, predict_times
 from megatron_llep.planner.cost.model import CostModel, LayerCost, LayerShape
-from megatron_llep.planner.topology import ONE_NODE, Topology
 
 OBSERVE = "observe"
 """As a recording's planner: plain expert parallelism ran."""
@@ -31,7 +31,10 @@ class Options:
     """What the page assumes, and how much it keeps."""
 
     cost: CostModel
-    topology: Topology = ONE_NODE
+    nodes: Nodes | None = None
+    """None: as recorded."""
+    is_assumed: bool = True
+    """Whether nobody has named the machine."""
     methods: tuple[str, ...] = METHODS
     shape: LayerShape | None = None
     """Of the MoE layers, instead of what the recording says."""
@@ -42,7 +45,8 @@ class Options:
 def build_view(recording: Recording, options: Options) -> dict[str, Any]:
     """Sum up a recording, in three passes of which each keeps little."""
     info = recording.info
-    shape = options.shape or get_shape(info)
+    shape = options.shape or info.shape
+    nodes = options.nodes or find_nodes(None, info.num_ranks, info.ranks_per_node)
     cost = None if shape is None else LayerCost(model=options.cost, shape=shape)
     planned = tuple(m for m in options.methods if m != "auto" or cost is not None)
     lends = info.planner != OBSERVE
@@ -55,7 +59,7 @@ def build_view(recording: Recording, options: Options) -> dict[str, Any]:
         recording,
         gathered.worst,
         methods,
-        options.topology,
+        nodes.topology,
         cost,
         start_progress(int((gathered.worst >= 0).sum()), "planning the worst"),
     )
@@ -65,7 +69,7 @@ def build_view(recording: Recording, options: Options) -> dict[str, Any]:
         lines = ("plain", *methods)
         bar = start_progress(len(sample.rows), "predicting")
         if len(sample.rows):
-            times = predict_times(recording, sample, lines, options.topology, cost, bar)
+            times = predict_times(recording, sample, lines, nodes.topology, cost, bar)
     view: dict[str, Any] = {
         "title": f"Routing of {recording.folder.resolve().name}",
         "ranks": info.num_ranks,
@@ -80,7 +84,7 @@ def build_view(recording: Recording, options: Options) -> dict[str, Any]:
         "drift": encode_drift(gathered.expert_loads, drift_columns),
     }
     view["summary"] = write_summary(view)
-    view["facts"] = describe_facts(recording, view, options, shape)
+    view["facts"] = describe_facts(recording, view, options, nodes, shape)
     return view
 
 

@@ -10,7 +10,11 @@ from megatron_llep.offline.view.gather import imbalance, move_loans
 from megatron_llep.planner.cost.model import LayerShape
 
 if TYPE_CHECKING:
+    from megatron_llep.offline.nodes import Nodes
     from megatron_llep.offline.view.build import Options
+
+SAID = ("Nodes", "Machine")
+"""Facts that are printed beside the summary."""
 
 
 def find_worst(view: dict[str, Any]) -> int:
@@ -49,7 +53,11 @@ def write_summary(view: dict[str, Any]) -> str:
 
 
 def describe_facts(
-    recording: Recording, view: dict[str, Any], options: "Options", shape: LayerShape | None
+    recording: Recording,
+    view: dict[str, Any],
+    options: "Options",
+    nodes: "Nodes",
+    shape: LayerShape | None,
 ) -> list[tuple[str, str]]:
     """Names and values: the run, what was kept of it, and what is assumed."""
     info, steps = recording.info, recording.steps
@@ -57,7 +65,6 @@ def describe_facts(
     columns = view["columns"]
     P, groups = info.num_ranks, len(recording.groups)
     of_groups = "" if groups == 1 else f" ({groups} such groups)"
-    nodes = options.topology.ranks_per_node or P
     facts = [
         (
             "Run",
@@ -65,6 +72,7 @@ def describe_facts(
             f"{info.top_k} a token, {len(recording.layers)} MoE layers; planner "
             f"{info.planner}",
         ),
+        ("Nodes", str(nodes)),
         (
             "Recorded",
             f"steps {steps[0]} to {steps[-1]}, up to {batches} micro-batches a step: "
@@ -90,7 +98,8 @@ def describe_facts(
         facts += [
             (
                 "Machine",
-                f"assumed: {options.cost.machine}; {nodes} of the ranks share a node",
+                options.cost.machine
+                + ("; an assumption, give --machine" if options.is_assumed else ""),
             ),
             (
                 "Layers",
@@ -108,4 +117,18 @@ def describe_facts(
                 ),
             ),
         ]
+        if view["times"]["across"]:
+            facts.append(("Across nodes", _describe_across(view["times"]["across"])))
     return facts
+
+
+def _describe_across(across: dict[str, list[int]]) -> str:
+    """What crosses, and of that the busiest link's part."""
+    parts = [
+        f"{'plain EP' if name == 'plain' else name} {total / 1e6:.3g} ({busiest / 1e6:.3g})"
+        for name, (total, busiest) in across.items()
+    ]
+    return (
+        "MB of a layer of a micro-batch, forward and backward (one way on the busiest node's "
+        f"link), mean: {', '.join(parts)}"
+    )

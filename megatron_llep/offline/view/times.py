@@ -3,7 +3,6 @@
 Shape letters: L MoE layers, T steps that are predicted.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from megatron_llep.offline.methods import plan_method
-from megatron_llep.offline.recording import RecordedLayer, Recording, RecordingInfo
+from megatron_llep.offline.recording import RecordedLayer, Recording
 from megatron_llep.offline.view.details import RECORDED
 from megatron_llep.planner import Topology
-from megatron_llep.planner.cost.model import LayerCost, LayerShape
+from megatron_llep.planner.cost.across import count_node_bytes
+from megatron_llep.planner.cost.model import LayerCost
 
 OTHER = "other_flops_per_token"
 """In a recording's model: FLOPs of a token, forward, in all that is no MoE layer's experts."""
@@ -30,15 +30,6 @@ class Sample:
     """Numbers of the recording's rows: some micro-batches of these steps, through all layers."""
     batches: dict[int, float]
     """Of each step: micro-batches it has / micro-batches that were chosen."""
-
-
-def get_shape(info: RecordingInfo) -> LayerShape | None:
-    """The shape of a run's MoE layers, None if the recording does not say it."""
-    known = {field.name for field in dataclasses.fields(LayerShape)}
-    given = {name: value for name, value in info.model.items() if name in known}
-    if not given.keys() >= {"hidden", "ffn_hidden"}:
-        return None
-    return LayerShape(**given | {"num_experts": info.num_experts, "top_k": info.top_k})
 
 
 def choose_rows(recording: Recording, most_steps: int, most_rows: int) -> Sample:
@@ -91,12 +82,16 @@ def predict_times(
 
     Returns:
         For the page: `steps`, and `lines` of microseconds by method; `whole` says whether they are
-        of the whole model, rather than of its MoE layers.
+        of the whole model, rather than of its MoE layers; `across` is by method what crosses
+        between nodes in a layer of a micro-batch, and what of it the busiest link carries one way:
+        bytes, means. It is empty where all ranks are on one node.
     """
     other = recording.info.model.get(OTHER)
     at = {step: number for number, step in enumerate(sample.steps.tolist())}
     seconds = {method: np.zeros(len(at)) for method in methods}
     layers = len(recording.layers)
+    several = topology.node_size(recording.info.num_ranks) < recording.info.num_ranks
+    across = {method: np.zeros(2) for method in methods if several}
     for row in recording.read(sample.rows):
         extra = 0.0
         if other is not None:  # once a micro-batch, so a part of it in each of its layers
@@ -107,12 +102,16 @@ def predict_times(
             )
             time = cost.predict(plan, row.counts, topology).total + extra
             seconds[method][at[row.step]] += time * sample.batches[row.step]
+            if several:
+                sent = count_node_bytes(plan, row.counts, cost.shape, topology)
+                across[method] += np.array([sent.total, sent.busiest]) / len(sample.rows)
         on_row()
     return {
         "steps": sample.steps.tolist(),
         "lines": {m: np.rint(times * 1e6).astype(int).tolist() for m, times in seconds.items()},
         "whole": other is not None,
         "rows": len(sample.rows),
+        "across": {m: np.rint(numbers).astype(int).tolist() for m, numbers in across.items()},
     }
 
 

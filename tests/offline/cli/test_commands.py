@@ -126,7 +126,7 @@ def test_simulate_a_trace(capsys, tmp_path):
         (("plan", "--workload", "hottest"), "workload 'hottest' is unknown"),
         (("plan", "--experts", 7), "7 experts do not divide over 8 ranks"),
         (("plan", "--max-foreign", 99), "max_foreign=99"),
-        (("plan", "--ranks-per-node", 3), "ranks_per_node=3"),
+        (("plan", "--ranks-per-node", 3), "--ranks-per-node 3"),
         (("plan", "--trace", "/nowhere"), "has no router_trace_rank"),
         (("simulate", "--model", "gpt-5"), "model 'gpt-5' is unknown"),
         (("simulate", "--machine", "/nowhere.json"), "or give a preset: h100, h200"),

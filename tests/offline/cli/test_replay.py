@@ -19,6 +19,7 @@ from megatron_llep.offline.recording.layout import list_loans
 from megatron_llep.offline.workloads import make_counts
 from megatron_llep.planner import make_plan
 from megatron_llep.planner.cost.model import LayerShape
+from megatron_llep.planner.topology import ONE_NODE, Topology
 
 P, E, K, LAYERS = 2, 8, 2, (1, 3)
 SHAPE = LayerShape(hidden=64, ffn_hidden=128, num_experts=E, top_k=K)
@@ -145,6 +146,50 @@ def test_where_no_micro_batch_is_whole(capsys, tmp_path):
     status, _, err = run(capsys, "plan", "--trace", tmp_path)
     assert status == 2
     assert "no micro-batch has all 2 layers" in err
+
+
+NODES = dataclasses.replace(INFO, ranks_per_host=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "nodes"),
+    [
+        ((), Topology(ranks_per_node=1)),
+        (("--ranks", 4), Topology(ranks_per_node=1)),
+        (("--ranks-per-node", 2), ONE_NODE),
+    ],
+)
+def test_plan_goes_by_the_recorded_nodes_and_prices(capsys, tmp_path, flags, nodes):
+    # Nearly all tokens of a rank are for the other's experts, and an expert costs few.
+    counts = np.array([[1, 1, 1, 1, 90, 50, 50, 50], [90, 50, 50, 50, 1, 1, 1, 1]])
+    shape = {"hidden": 4096, "ffn_hidden": 8}
+    writer = RecordingWriter(tmp_path, dataclasses.replace(NODES, model=shape), "rank0")
+    place = {"step": 0, "micro_batch": 0, "layer": 0, "group": 0}
+    writer.add(RecordedLayer(**place, counts=counts, lent=np.zeros((0, 3), np.int64)))
+    writer.close()
+    _, out, _ = run(capsys, "plan", "--trace", tmp_path, *flags)
+    replay = Replay.of(Recording.open(tmp_path), num_ranks=4 if "--ranks" in flags else None)
+    prices = LayerShape(**shape, num_experts=E, top_k=K).prices
+    plan = make_plan(replay.split(counts), topology=nodes, prices=prices)
+    assert f"; {len(plan.transfers)} experts lent" in out.splitlines()[1]
+    assert bool(len(plan.transfers)) == (nodes != ONE_NODE)
+    assert ("nodes of 1 ranks, as recorded" in out) == (nodes != ONE_NODE)
+
+
+def test_simulate_goes_by_the_recorded_nodes(capsys, tmp_path):
+    record(tmp_path, steps=1, info=NODES)
+    argv = ("simulate", "--trace", tmp_path, "--methods", "exact", "--ep", P, 2 * P)
+    times = []
+    for flags, said in (
+        ((), "nodes: EP 2: 2 nodes of 1 ranks, as recorded; EP 4: 4 nodes of 1 ranks, as recorded"),
+        (("--ranks-per-node", 4), "nodes: EP 2: 1 node, as told; EP 4: 1 node, as told"),
+    ):
+        status, out, _ = run(capsys, *argv, *flags, "--output", tmp_path / "out")
+        assert status == 0
+        assert said in out
+        results = json.loads((tmp_path / "out" / "simulate.json").read_text())["results"]
+        times.append([result["outcomes"]["plain"]["step_seconds"] for result in results])
+    assert all(several > one for several, one in zip(*times, strict=True))
 
 
 def test_evenly_chosen_from_the_first_to_the_last(tmp_path):

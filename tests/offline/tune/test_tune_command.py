@@ -15,10 +15,11 @@ from megatron_llep.config import LLEPConfig
 from megatron_llep.offline.check.parse import FlagReader
 from megatron_llep.offline.cli import main
 from megatron_llep.offline.launch.flags import format_flags, load_config
+from megatron_llep.offline.nodes import find_nodes
 from megatron_llep.offline.simulator.models import get_model
 from megatron_llep.offline.tune import read_sample
 from megatron_llep.offline.tune.model import find_shape, predict_others
-from megatron_llep.offline.tune.settings import keep_settings, list_flags, make_grid
+from megatron_llep.offline.tune.settings import keep_settings, list_flags, list_nodes, make_grid
 from megatron_llep.planner import make_plan
 from megatron_llep.planner.cost.model import LayerCost
 from megatron_llep.planner.topology import ONE_NODE
@@ -61,7 +62,8 @@ def test_what_is_left_off_starts_plain(tmp_path, capsys):
 
 
 def test_hot_routing_is_switched_on_with_the_gain_that_is_computed_directly(tmp_path, capsys):
-    counts = record(tmp_path / "run", ["hot-80-4", "zipf"], layers=4, steps=3)
+    workloads = ["hot-80-4", "zipf"]
+    counts = record(tmp_path / "run", workloads, layers=4, steps=3, ranks_per_host=4)
     out_file = tmp_path / "flags.yaml"
     status, out, _ = run(capsys, tmp_path / "run", "--machine", "h200", "--output", out_file)
     assert status == 0
@@ -129,7 +131,7 @@ def test_the_sample_is_bounded_and_named(tmp_path, capsys):
     [
         (["--margin", "1.5"], "--margin"),
         (["--max-foreign", "0"], "--max-foreign"),
-        (["--ranks-per-node", "3"], "ranks_per_node=3"),
+        (["--ranks-per-node", "3"], "--ranks-per-node 3"),
         (["--model", "gpt-oss-120b"], "experts"),
         (["--machine", "nowhere.json"], "calibrate"),
     ],
@@ -152,16 +154,17 @@ def read_setting(flags, reader=None):
     return llep_config_from_args(parsed.args)
 
 
-def test_every_setting_comes_back_from_its_flags():
+@pytest.mark.parametrize("found", [None, 2])
+def test_every_setting_comes_back_from_its_flags(found):
     reader = FlagReader()
     grid = make_grid(
         LLEPConfig(foreign_weights="refetch", scatter_from=2),
         experts_per_rank=4,
         mean_load=1e5,
         machine="h200",
-        ranks_per_node=2,
+        nodes=list_nodes(find_nodes(2, 4), found),
     )
-    for setting in grid[:: len(grid) // 40]:
+    for setting in grid[:: len(grid) // 20]:
         assert read_setting(yaml.safe_load(yaml.safe_dump(list_flags(setting))), reader) == setting
 
 
@@ -185,6 +188,36 @@ def test_the_file_replaces_the_settings_of_its_base(tmp_path, capsys):
     setting = read_setting({k: v for part in sections.values() for k, v in part.items()})
     assert setting.enabled
     assert format_flags(written).count("--moe-llep-planner") == 1
+    assert main(["check", str(path)]) == 0
+    assert "1 of 1 start" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("info", "nodes", "told"),
+    [
+        ({"ranks_per_host": 2}, "2 nodes of 2 ranks, as recorded", None),
+        ({"ranks_per_host": 4}, "1 node, as recorded", None),
+        ({}, "1 node, an assumption", None),
+        (
+            {"ranks_per_host": 4, "settings": {"ranks_per_node": 2}},
+            "2 nodes of 2 ranks, as recorded",
+            2,
+        ),
+    ],
+)
+def test_nodes_that_training_finds_are_not_told(tmp_path, capsys, info, nodes, told):
+    """Whatever the base says of them; what is written passes `check`."""
+    record(tmp_path / "run", ["hot-80-4"], experts=8, steps=2, **info)
+    base = tmp_path / "base.yaml"
+    args = {"--moe-llep": True, "--moe-llep-ranks-per-node": 1, "--moe-llep-lend-to": "own_node"}
+    base.write_text(yaml.safe_dump({"BASE": str(TINY), "LLEP_ARGS": args}))
+    path = tmp_path / "flags.yaml"
+    _, out, _ = run(capsys, tmp_path / "run", "--model", base, "--margin", 0, "--output", path)
+    assert f"nodes: {nodes}" in out
+    assert "switch on" in out
+    flags = format_flags(load_config(path)["LLEP_ARGS"])
+    assert ("--moe-llep-ranks-per-node" in flags) == (told is not None)
+    assert read_setting(yaml.safe_load(path.read_text())["LLEP_ARGS"]).ranks_per_node == told
     assert main(["check", str(path)]) == 0
     assert "1 of 1 start" in capsys.readouterr().out
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tune_runs import H200, SHAPE, E, K, P, route
 
 from megatron_llep.config import LLEPConfig
-from megatron_llep.offline.tune import Replayer, Sample, choose, make_grid, search
+from megatron_llep.offline.nodes import find_nodes
+from megatron_llep.offline.tune import Replayer, Sample, choose, list_nodes, make_grid, search
 from megatron_llep.offline.tune.settings import keep_settings
 from megatron_llep.planner import make_plan
 from megatron_llep.planner.cost.model import LayerCost
@@ -19,9 +20,11 @@ COST = LayerCost(model=H200, shape=SHAPE)
 TWO_NODES = Topology(ranks_per_node=2)
 
 
-def make_settings(**options):
-    options = {"experts_per_rank": E // P, "mean_load": 16384, "machine": "h200"} | options
-    return make_grid(LLEPConfig(), **options)
+def make_settings(ranks_per_node=None, ranks_per_host=None, **options):
+    """On nodes of so many ranks, of which training finds `ranks_per_host`."""
+    nodes = list_nodes(find_nodes(ranks_per_node, P), ranks_per_host)
+    sizes = {"experts_per_rank": E // P, "mean_load": 16384, "machine": "h200"}
+    return make_grid(LLEPConfig(), **(sizes | {"nodes": nodes} | options))
 
 
 def make_run(workloads, *, batches=4, tokens=8192):
@@ -56,29 +59,47 @@ def predict(counts, setting, topology=ONE_NODE, told=ONE_NODE):
         imbalance_threshold=setting.imbalance_threshold,
         tolerance=setting.tolerance,
         topology=told,
-        cost=COST if setting.planner == "auto" else None,
+        cost=COST,
     )
     return plan, H200.predict_layer(plan, counts, SHAPE, topology).total
 
 
 @given(
-    workload=st.sampled_from(["lognormal-1", "hot-30-4", "hot-95-1", "zipf", "ragged"]),
+    workload=st.sampled_from(["balanced", "lognormal-1", "hot-30-4", "hot-95-1", "zipf", "ragged"]),
     tokens=st.integers(0, 20000),
+    ranks_per_host=st.sampled_from([None, 1, 2, P]),
     data=st.data(),
 )
 @settings(max_examples=25, deadline=None)
-def test_a_replay_is_what_training_would_plan(workload, tokens, data):
-    setting = data.draw(st.sampled_from(make_settings(ranks_per_node=2)))
+def test_a_replay_is_what_training_would_plan(workload, tokens, ranks_per_host, data):
+    """Which finds nodes by hostnames where it is not told; whatever they really are."""
+    setting = data.draw(st.sampled_from(make_settings(2, ranks_per_host)))
     counts = route(workload, tokens=tokens)
-    replayer = Replayer([counts], COST, TWO_NODES)
+    replayer = Replayer([counts], COST, TWO_NODES, found=Topology(ranks_per_node=ranks_per_host))
     told = Topology(
-        ranks_per_node=setting.ranks_per_node, lend_across_nodes=setting.lend_to == "any_node"
+        ranks_per_node=setting.ranks_per_node or ranks_per_host,
+        lend_across_nodes=setting.lend_to == "any_node",
     )
     plan, seconds = predict(counts, setting, TWO_NODES, told)
     found = replayer.run(setting)
     assert found.seconds.tolist() == [seconds]
     assert found.foreign.tolist() == [plan.max_foreign]
     assert found.lent.tolist() == [len(plan.transfers)]
+
+
+@pytest.mark.parametrize("planner", ["tolerant", "exact"])
+def test_between_nodes_a_loan_may_pay_where_loads_are_even(planner):
+    """By default; a threshold that is given holds."""
+    counts = np.zeros((P, E), np.int64)
+    for home in range(P):
+        counts[(home + 2) % P, home * E // P : (home + 1) * E // P] = 20_000  # from the other node
+    replayer = Replayer([counts], COST, TWO_NODES)
+    setting = LLEPConfig(planner=planner)
+    plan, seconds = predict(counts, setting, TWO_NODES, TWO_NODES)
+    assert len(plan.transfers) > 0
+    found = replayer.run(setting)
+    assert (found.lent.tolist(), found.seconds.tolist()) == ([len(plan.transfers)], [seconds])
+    assert replayer.run(replace(setting, imbalance_threshold=1.2)).lent.tolist() == [0]
 
 
 def test_halving_finds_the_best_of_all():
@@ -134,11 +155,11 @@ def test_slow_links_between_nodes_are_lent_over_less():
     slow = replace(H200, inter_node=replace(H200.inter_node, bytes_per_second=1e8))
     cost = LayerCost(model=slow, shape=SHAPE)
     sample = make_run(["lognormal-1"])
-    grid = make_settings(ranks_per_node=2)
+    grid = make_settings(2, ranks_per_host=2)
     choice, scored = tune(sample, grid, TWO_NODES, cost)
-    assert choice.best.setting.ranks_per_node == 2
-    untold = min(s.total for s in scored if s.setting.ranks_per_node is None)
-    assert scored[0].total < untold
+    assert choice.best.setting.ranks_per_node is None, "they are found"
+    as_one = min(s.total for s in scored if s.setting.ranks_per_node == P)
+    assert scored[0].total < as_one
 
 
 def test_the_grid_keeps_to_its_bounds():
@@ -146,14 +167,29 @@ def test_the_grid_keeps_to_its_bounds():
     assert len(set(grid)) == len(grid)
     assert {s.max_foreign_experts for s in grid} == {None, 1, 2}
     assert {s.max_foreign_experts for s in make_settings(max_foreign=3)} == {1, 2, 3}
-    assert all(s.ranks_per_node is None for s in grid)
-    nodes = {(s.ranks_per_node, s.lend_to) for s in make_settings(ranks_per_node=2)}
-    assert nodes == {(None, "any_node"), (2, "any_node"), (2, "own_node")}
     assert all(
         s.min_tokens_per_gemm < 100 for s in make_settings(mean_load=100) if s.planner == "lla"
     )
     with pytest.raises(ValueError, match="--max-foreign 0"):
         make_settings(max_foreign=0)
+
+
+@pytest.mark.parametrize(
+    ("really", "found", "told"),
+    [
+        (P, None, {(None, "any_node")}),
+        (P, P, {(None, "any_node")}),
+        (P, 2, {(P, "any_node")}),
+        (2, 2, {(None, "any_node"), (None, "own_node"), (P, "any_node")}),
+        (2, None, {(2, "any_node"), (2, "own_node"), (P, "any_node")}),
+        (2, P, {(2, "any_node"), (2, "own_node"), (None, "any_node")}),
+        (2, 1, {(2, "any_node"), (2, "own_node"), (P, "any_node")}),
+    ],
+)
+def test_what_training_finds_is_not_told(really, found, told):
+    """Of four ranks; else what is really so, lending inside nodes, and all as one node."""
+    grid = make_settings(really, found)
+    assert {(s.ranks_per_node, s.lend_to) for s in grid} == told
 
 
 def test_what_is_not_tuned_is_kept():

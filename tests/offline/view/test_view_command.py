@@ -43,6 +43,30 @@ def test_the_page_names_the_assumed_machine(folder):
     assert PRESETS["h100"].machine in text
 
 
+@pytest.mark.parametrize(
+    ("info", "flags", "said"),
+    [
+        ({"ranks_per_host": 2}, [], "2 nodes of 2 ranks, as recorded"),
+        (
+            {"ranks_per_host": 2, "settings": {"ranks_per_node": 1}},
+            [],
+            "4 nodes of 1 ranks, as rec",
+        ),
+        ({"ranks_per_host": 2}, ["--ranks-per-node", 4], "1 node, as told"),
+        ({}, [], "1 node, an assumption"),
+        ({}, ["--ranks-per-node", 2], "2 nodes of 2 ranks, as told"),
+    ],
+)
+def test_nodes_and_machine_are_told(capsys, tmp_path, info, flags, said):
+    folder = write_planted(tmp_path / "run", **info)
+    for machine in ("h200", "h100"):
+        told = flags if machine == "h200" else [*flags, "--machine", "h100"]
+        _, out, _ = view(capsys, folder, "--output", tmp_path / "a.html", *told)
+        assert f"nodes: {said}" in out
+        assert f"machine: {PRESETS[machine].machine}" in out
+        assert ("give --machine" in out) == (machine == "h200")
+
+
 def test_a_model_gives_the_sizes_that_a_recording_lacks(capsys, tmp_path):
     folder = write_planted(tmp_path / "run", model={})
     _, without, _ = view(capsys, folder, "--output", tmp_path / "a.html")

@@ -23,6 +23,7 @@ from view_recordings import (
 )
 
 from megatron_llep.offline.methods import METHODS, check_methods, plan_method
+from megatron_llep.offline.nodes import find_nodes
 from megatron_llep.offline.recording import Recording
 from megatron_llep.offline.view.build import Options, build_view, default_max_cells
 from megatron_llep.offline.view.columns import Columns
@@ -30,6 +31,7 @@ from megatron_llep.offline.view.details import TOP_EXPERTS
 from megatron_llep.offline.view.drift import SHOWN_EXPERTS, choose_experts, encode_drift
 from megatron_llep.offline.view.times import choose_rows
 from megatron_llep.planner import Topology, make_plan
+from megatron_llep.planner.cost.across import count_node_bytes
 from megatron_llep.planner.cost.model import LayerCost, LayerShape
 from megatron_llep.planner.cost.presets import PRESETS
 
@@ -149,6 +151,33 @@ def test_times_are_those_of_the_cost_model(tmp_path):
                 other = tokens * 3e6 / COST.flops_per_second * (1 + COST.backward_factor)
                 seconds += other / len(LAYERS)
             assert microseconds == pytest.approx(seconds / 2 * 1e6, abs=1)  # of two groups
+
+
+def test_what_crosses_between_nodes_is_counted(tmp_path):
+    rows = make_random_rows(steps=3)
+    folder = write_rows(tmp_path / "run", rows, make_info(ranks_per_host=2))
+    view, nodes = build(folder), Topology(ranks_per_node=2)
+    cost = LayerCost(model=COST, shape=LayerShape(**MODEL, num_experts=E, top_k=2))
+    across = view["times"]["across"]
+    assert list(across) == list(view["times"]["lines"])
+    for method, found in across.items():
+        sent = [
+            count_node_bytes(
+                row.plan if method == "recorded" else plan_method(row.counts, method, nodes, cost),
+                row.counts,
+                cost.shape,
+                nodes,
+            )
+            for row in rows
+        ]
+        expected = np.mean([(each.total, each.busiest) for each in sent], axis=0)
+        assert found == pytest.approx(expected.tolist(), abs=1)
+    total, busiest = across["plain"]
+    facts = dict(view["facts"])
+    assert f"plain EP {total / 1e6:.3g} ({busiest / 1e6:.3g})" in facts["Across nodes"]
+    one = build(folder, nodes=find_nodes(4, P))
+    assert one["times"]["across"] == {}
+    assert "Across nodes" not in dict(one["facts"])
 
 
 def test_without_sizes_nothing_is_predicted(tmp_path):
