@@ -3,6 +3,7 @@
 import contextlib
 import io
 import socket
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from megatron_llep import LLEPConfig, convert_model, read_metrics, with_llep
@@ -30,16 +32,46 @@ RUN = Run(layout=Layout(ep=4), routing=Routing("natural"), steps=1, micro_batche
 TWO_NODES = Topology(ranks_per_node=2, lend_across_nodes=False)
 
 
-def observe(llep: LLEPConfig, by_spec: bool = False) -> Any:
-    """Train beside it; the training, and what was logged."""
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "reduce_scatter_tensor",
+)
+
+
+def observe(llep: LLEPConfig | None, by_spec: bool = False) -> tuple[Any, dict[str, int]]:
+    """Train, beside it if not plain; what was logged, and the collectives of all steps."""
     destroy_moe_metrics_tracker()
-    switches = {"transform_model": lambda chunks: convert_model(chunks, llep)}
-    if by_spec:
-        switches = {"transform_spec": partial(with_llep, config=llep)}
-    result = train(RUN, **switches, observe=lambda _: read_metrics())
-    if llep.record is not None:
+    calls, started = Counter(), Counter()
+
+    def prepare(chunks: Any) -> None:
+        if llep is not None and not by_spec:
+            convert_model(chunks, llep)
+        started.update(calls)
+
+    def end(chunks: Any) -> Any:
+        steps = calls - started
+        return read_metrics(), steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COLLECTIVES:
+            patch.setattr(dist, name, partial(count, calls, name, getattr(dist, name)))
+        transform_spec = partial(with_llep, config=llep) if llep and by_spec else None
+        result = train(RUN, transform_spec=transform_spec, transform_model=prepare, observe=end)
+    if llep is not None and llep.record is not None:
         install_tracker().recorders[llep.record].close()
-    return result
+    logged, steps = result.observed
+    return replace(result, observed=logged), dict(steps)
+
+
+def count(calls: Counter[str], name: str, call: Any, *args: Any, **options: Any) -> Any:
+    calls[name] += 1
+    return call(*args, **options)
 
 
 def expect(recording: Recording, topology: Topology) -> dict[str, float]:
@@ -68,23 +100,25 @@ def expect(recording: Recording, topology: Topology) -> dict[str, float]:
 
 
 def test_two_hosts(tmp_path):
-    """Bit for bit plain; the outlook and both recordings are of two nodes."""
+    """Bit for bit plain, no collective more; the outlook and both recordings are of two nodes."""
     folders = {name: str(tmp_path / name) for name in ("observed", "told", "lent")}
 
     def work(rank: int, size: int) -> Any:
         with pytest.MonkeyPatch.context() as patch, use_layout(RUN.layout):
             patch.setattr(socket, "gethostname", lambda: "aabb"[rank])
-            plain = train(RUN)
+            plain, needed = observe(None)
             observed = observe(replace(OBSERVE, record=folders["observed"]))
             told = observe(replace(OBSERVE, ranks_per_node=4, record=folders["told"]))
             by_spec = observe(OBSERVE, by_spec=True)
             observe(replace(EAGER, record=folders["lent"]))
             machine = install_tracker().machine
-        for each in (observed, told, by_spec):
+        assert needed["all_to_all_single"] > 0
+        for each, steps in (observed, told, by_spec):
+            assert steps == needed, "observing adds none"
             assert each.losses == plain.losses
             for name, expected in plain.parameters.items():
                 assert torch.equal(each.parameters[name], expected), name
-        return observed.observed, told.observed, by_spec.observed, machine
+        return *(each.observed for each, _ in (observed, told, by_spec)), machine
 
     results = run_ranks(work, 4, timeout=120)
     assert all(each[:3] == results[0][:3] for each in results)

@@ -198,6 +198,7 @@ def test_replicas_that_share_tokens_are_ranks_of_one_group(tmp_path):
     recording = Recording.open(tmp_path)
     assert recording.groups.tolist() == [0]
     assert (recording.info.num_ranks, recording.info.num_experts) == (4, 16)
+    assert recording.info.ranks_per_node == 4, "of the ranks that are joined"
     for row in recording.read():
         number = row.step * len(seen[0][row.layer]) // 2 + row.micro_batch
         counts = np.stack([seen[rank][row.layer][number] for rank in range(4)])

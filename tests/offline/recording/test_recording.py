@@ -1,5 +1,6 @@
 """What is written is read: whole, in pieces, after a crash, of a run that was resumed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,28 @@ def assert_same(found, expected):
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.counts, other.counts)
         np.testing.assert_array_equal(one.lent, other.lent)
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"ranks_per_host": 2}, 2),
+        ({"ranks_per_host": 4, "settings": {"ranks_per_node": None}}, 4),
+        ({"ranks_per_host": 4, "settings": {"ranks_per_node": 2}}, 2),
+        ({}, None),
+    ],
+)
+def test_nodes_are_as_told_else_as_found(tmp_path, info, expected):
+    write(tmp_path, [make_row(0, 0)], info=make_info(**info))
+    assert Recording.open(tmp_path).info.ranks_per_node == expected
+
+
+@pytest.mark.parametrize("told", [None, 2])
+def test_a_recording_that_does_not_know_what_was_found_opens(told):
+    known = json.loads(make_info(settings={"ranks_per_node": told}).encode())
+    del known["ranks_per_host"]
+    info = RecordingInfo.decode(json.dumps(known).encode())
+    assert (info.ranks_per_host, info.ranks_per_node) == (None, told)
 
 
 @given(piece_bytes=st.integers(1, 4 * P * E * 30), steps=st.integers(1, 7))
