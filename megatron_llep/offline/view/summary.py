@@ -123,12 +123,12 @@ def describe_facts(
 
 
 def _describe_across(across: dict[str, list[int]]) -> str:
-    """What crosses, and of that the busiest link's part."""
+    """What crosses, and of that what a layer waits for."""
     parts = [
         f"{'plain EP' if name == 'plain' else name} {total / 1e6:.3g} ({busiest / 1e6:.3g})"
         for name, (total, busiest) in across.items()
     ]
     return (
-        "MB of a layer of a micro-batch, forward and backward (one way on the busiest node's "
-        f"link), mean: {', '.join(parts)}"
+        "MB of a layer of a micro-batch, forward and backward (of these on the link that is "
+        f"busiest in each exchange, one way), mean: {', '.join(parts)}"
     )

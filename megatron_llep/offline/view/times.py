@@ -83,8 +83,8 @@ def predict_times(
     Returns:
         For the page: `steps`, and `lines` of microseconds by method; `whole` says whether they are
         of the whole model, rather than of its MoE layers; `across` is by method what crosses
-        between nodes in a layer of a micro-batch, and what of it the busiest link carries one way:
-        bytes, means. It is empty where all ranks are on one node.
+        between nodes in a layer of a micro-batch, and what of it the link carries that is busiest
+        in each exchange: bytes, means. It is empty where all ranks are on one node.
     """
     other = recording.info.model.get(OTHER)
     at = {step: number for number, step in enumerate(sample.steps.tolist())}
