@@ -108,6 +108,11 @@ def run(args: argparse.Namespace) -> int:
     recording = open_if_recording(args.trace) if args.trace else None
     models = _find_models(args, recording)
     methods = tuple(method for method in METHODS if method in {"plain", *args.methods})
+    if args.output and methods == ("plain",):
+        raise ValueError(
+            "--methods plain leaves nothing to draw beside plain expert parallelism: name another "
+            "method, or leave out --output"
+        )
     if args.trace:
         routings = [args.trace.name]
     else:

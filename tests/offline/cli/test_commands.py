@@ -133,6 +133,7 @@ def test_simulate_a_trace(capsys, tmp_path):
         (("simulate", "--ep", 1024), "128 experts do not divide over 1024 ranks"),
         (("simulate", "--steps", 0), "--steps must be at least 1"),
         (("simulate", "--spare-slots", -1), "--spare-slots must be at least 0"),
+        (("simulate", "--methods", "plain", "--output", "/nowhere"), "--methods plain"),
     ],
 )
 def test_errors_are_one_line(capsys, argv, message):
