@@ -14,22 +14,37 @@ from planner_routings import REPRODUCIBLE, routings
 from megatron_llep.offline.workloads import make_counts
 from megatron_llep.planner import Prices, Topology, make_plan
 from megatron_llep.planner.cost.traffic import count_lending, count_tokens
-from megatron_llep.planner.loops.jit import entry
-from megatron_llep.planner.loops.node_links import add_loan
 
 WIDTH = 64 * 4096
-add_loan = entry(add_loan.py_func)
 
 
-def count_links(plan, counts, size, prices):
-    """[2, N] what each node sends and receives, from what ranks are counted to send."""
+def add_up(pairs, lent, prices):
+    """What a layer waits for: four exchanges, each as long as the busiest way of a link in it.
+
+    Args:
+        pairs: [2, N] what each node sends and receives in a dispatch.
+        lent: [2, N] experts, likewise.
+        prices: of loans, in pairs that cross twice.
+    """
+    loads = [pairs, pairs, pairs + 2 * prices.weights * lent, pairs + 2 * prices.gradients * lent]
+    return sum(load.max() for load in loads)
+
+
+def count_waiting(plan, counts, size, prices):
+    """From what ranks are counted to send."""
     topology = Topology(ranks_per_node=size)
     pairs = count_tokens(plan, counts, topology)[1].reshape(2, -1, size).sum(axis=2)
     lent = sum(
         each.numbers[1] for each in count_lending(plan, WIDTH, prices.scatter_from, topology)
     )
-    lent = lent.reshape(2, -1, size).sum(axis=2) / WIDTH
-    return pairs.sum(axis=0) + prices.weights * lent + prices.gradients * lent[::-1]
+    return add_up(pairs, lent.reshape(2, -1, size).sum(axis=2) / WIDTH, prices)
+
+
+def of_plain(plan, counts, size, prices):
+    """What plain expert parallelism waits for, as one."""
+    plain = make_plan(counts, planner="exact", max_foreign=0)
+    before = count_waiting(plain, counts, size, prices)
+    return count_waiting(plan, counts, size, prices) / max(before, 1)
 
 
 def plan_nodes(counts, size, prices, planner="tolerant", **options):
@@ -39,19 +54,19 @@ def plan_nodes(counts, size, prices, planner="tolerant", **options):
 
 
 def find_least(counts, size, prices, most):
-    """The least busiest way of two nodes over all quotas with which no node exceeds its share."""
+    """The least that two nodes may wait for, over all quotas with which none exceeds its share."""
     tokens = counts.reshape(2, size, -1).sum(axis=1)
-    E = tokens.shape[1]
-    numbers = np.array([prices.weights, prices.gradients, prices.scatter_from])
+    home = np.arange(tokens.shape[1]) * 2 // tokens.shape[1]
     least = np.inf
     for first in itertools.product(*(range(total + 1) for total in tokens.sum(axis=0))):
         quota = np.stack((first, tokens.sum(axis=0) - first))
         if quota.sum(axis=1).max() > most * size:
             continue
-        links = np.tile((tokens + quota - 2 * np.minimum(tokens, quota)).sum(axis=1), (2, 1))
-        for expert in range(E):
-            add_loan(links, quota, expert, expert * 2 // E, numbers, 1)
-        least = min(least, links.max())
+        kept = np.minimum(tokens, quota)
+        pairs = np.stack(((tokens - kept).sum(axis=1), (quota - kept).sum(axis=1)))
+        is_lent = [(quota[1 - node] > 0) & (home == node) for node in range(2)]
+        lends = np.sum(is_lent, axis=1)
+        least = min(least, add_up(pairs, np.stack((lends, lends[::-1])), prices))
     return least
 
 
@@ -65,7 +80,7 @@ def test_next_to_all_plans_of_two_small_nodes(price):
         counts = rng.integers(0, 4, (4, 4)) * (rng.random((4, 4)) < 0.6)
         plan = plan_nodes(counts, 2, prices, tolerance=0.25)
         most = int(plan.load_per_rank_after.max())
-        found.append(count_links(plan, counts, 2, prices).max())
+        found.append(count_waiting(plan, counts, 2, prices))
         least.append(find_least(counts, 2, prices, most))
     found, least = np.array(found), np.array(least)
     assert (found >= least).all()
@@ -84,9 +99,7 @@ def test_links_carry_no_more_where_nothing_asks_for_balance(routing, size, price
     options = {"max_foreign": max_foreign, "tolerance": float(P)}
     plan = plan_nodes(counts, size, prices, **options)
     plan.validate(counts, max_foreign)
-    plain = make_plan(counts, planner="exact", max_foreign=0)
-    before = count_links(plain, counts, size, prices).max()
-    assert count_links(plan, counts, size, prices).max() <= before
+    assert of_plain(plan, counts, size, prices) <= 1
 
 
 def test_a_loan_is_made_for_the_link_alone():
@@ -111,12 +124,13 @@ def test_one_node_is_planned_as_ever():
         np.testing.assert_array_equal(told.quota, make_plan(counts, planner=planner).quota)
 
 
+@pytest.mark.parametrize("planner", ["tolerant", "exact"])
 @pytest.mark.parametrize(
     ("sigma", "tokens", "most"),
-    [(1, 4096, 0.82), (1, 16384, 0.62), (2, 4096, 0.45), (2, 16384, 0.25)],
+    [(1, 4096, 0.75), (1, 16384, 0.57), (2, 4096, 0.37), (2, 16384, 0.26)],
 )
-def test_the_busiest_link_carries_less(sigma, tokens, most):
-    """DeepSeek-V3's experts on 8 nodes of 8."""
+def test_the_busiest_link_carries_less(planner, sigma, tokens, most):
+    """DeepSeek-V3's experts on 8 nodes of 8: a slot for each native expert is enough."""
     counts = make_counts(
         f"lognormal-{sigma}",
         num_ranks=64,
@@ -125,8 +139,6 @@ def test_the_busiest_link_carries_less(sigma, tokens, most):
         top_k=8,
         seed=2,
     )
-    plan = plan_nodes(counts, 8, Prices())
-    assert plan.imbalance_after <= 1.05
-    plain = make_plan(counts, planner="exact", max_foreign=0)
-    before = count_links(plain, counts, 8, Prices()).max()
-    assert count_links(plan, counts, 8, Prices()).max() <= most * before
+    plan = plan_nodes(counts, 8, Prices(), planner)
+    assert plan.imbalance_after <= (1.05 if planner == "tolerant" else 1)
+    assert of_plain(plan, counts, 8, Prices()) <= most

@@ -1,25 +1,33 @@
-"""What crosses the links of nodes, in pairs: tokens, weights and gradients of lent experts.
+"""What crosses the links of nodes, in pairs: tokens, and weights and gradients of lent experts.
 
-Shape letters: N nodes, E experts, t nodes that borrow an expert. Loads of links are int64 [2, N]:
-what a node sends, then what it receives, in both passes. `planner.prices` says how loans are
-measured in pairs, `lending.fan_out` which way an expert goes.
+Shape letters: N nodes, E experts, t nodes that borrow an expert. `planner.prices` says how loans
+are measured in pairs, `lending.fan_out` which way an expert goes.
+
+Links are int64 [4, N], of each node: the pairs that it sends in a dispatch, and receives; and the
+experts, or shards of them, that it sends on their way out, and receives, in pairs at both prices
+together. What a node sends in dispatch it receives in combine, and the other way round in backward.
+So each of these four exchanges lasts as long as the larger of both. Weights cross beside one of
+them and gradients beside another, one way each, so a loan takes both prices.
 """
 
 import numpy as np
 
 from megatron_llep.planner.loops.jit import helper
 
-
-@helper
-def crossing(tokens: int, quota: int) -> int:
-    """Pairs of an expert that cross a node's link: it has so many, and computes so many."""
-    return tokens + quota - 2 * min(tokens, quota)
+SENDS, RECEIVES, LENDS, BORROWS = range(4)
+"""Rows of links."""
 
 
 @helper
-def busiest_way(links: np.ndarray, node: int) -> int:
-    """The larger of what a node sends and receives."""
-    return max(links[0, node], links[1, node])
+def busy(sends: int, receives: int, lends: int, borrows: int) -> int:
+    """What a link is busy with: two crossings of a pair take as long as one of its price."""
+    return 2 * max(sends, receives) + max(lends, borrows)
+
+
+@helper
+def busy_with(links: np.ndarray, node: int) -> int:
+    """What a node's link is busy with."""
+    return busy(links[0, node], links[1, node], links[2, node], links[3, node])
 
 
 @helper
@@ -27,60 +35,33 @@ def busiest_node(links: np.ndarray) -> int:
     """The node with the busiest link; the lowest of equals."""
     busiest = 0
     for node in range(links.shape[1]):
-        if busiest_way(links, node) > busiest_way(links, busiest):
+        if busy_with(links, node) > busy_with(links, busiest):
             busiest = node
     return busiest
 
 
 @helper
-def add_pairs(links: np.ndarray, node: int, pairs: int) -> None:
-    """So many more pairs cross, each way."""
-    links[0, node] += pairs
-    links[1, node] += pairs
+def waiting(links: np.ndarray, prices: np.ndarray) -> int:
+    """How long a layer waits for its exchanges, each as long as the busiest link in it."""
+    weights, gradients, _ = prices
+    both = max(weights + gradients, 1)
+    tokens = beside_weights = beside_gradients = 0
+    for node in range(links.shape[1]):
+        pairs = max(links[SENDS, node], links[RECEIVES, node])
+        loans = 2 * max(links[LENDS, node], links[BORROWS, node])
+        tokens = max(tokens, pairs)
+        beside_weights = max(beside_weights, pairs + -(-loans * weights // both))
+        beside_gradients = max(beside_gradients, pairs + -(-loans * gradients // both))
+    return 2 * tokens + beside_weights + beside_gradients
 
 
 @helper
-def loan_loads(t: int, prices: np.ndarray) -> tuple[int, int, int, int]:
-    """What an expert that t other nodes borrow takes of links.
-
-    Args:
-        t: nodes.
-        prices: [3], of weights, of gradients; and from how many nodes on it goes in shards.
-
-    Returns:
-        What the home's node sends, and receives; what each of the t sends, and receives.
-    """
-    weights, gradients, scatter_from = prices
-    if t == 0:
-        return 0, 0, 0, 0
-    if not 0 < scatter_from <= t:
-        return t * weights, t * gradients, gradients, weights
-    # Nodes send each other all but their own shards.
-    sends = gradients + weights * (t - 1) // t
-    return weights, gradients, sends, weights + gradients * (t - 1) // t
+def lent(t: int, price: int, scatter_from: int) -> int:
+    """What the home's node of an expert that t nodes borrow sends."""
+    return price if 0 < scatter_from <= t else t * price
 
 
 @helper
-def add_loan(
-    links: np.ndarray, quota: np.ndarray, expert: int, home: int, prices: np.ndarray, sign: int
-) -> None:
-    """Add what lending one expert takes of all links, or take it off.
-
-    Args:
-        links: [2, N].
-        quota: [N, E] pairs of each expert that each node computes.
-        expert: that is lent.
-        home: its node.
-        prices: as for `loan_loads`.
-        sign: 1 or -1.
-    """
-    t = 0
-    for node in range(len(quota)):
-        t += node != home and quota[node, expert] > 0
-    home_sends, home_receives, sends, receives = loan_loads(t, prices)
-    links[0, home] += sign * home_sends
-    links[1, home] += sign * home_receives
-    for node in range(len(quota)):
-        if node != home and quota[node, expert] > 0:
-            links[0, node] += sign * sends
-            links[1, node] += sign * receives
+def passed_on(t: int, price: int, scatter_from: int) -> int:
+    """What each of t nodes that borrow an expert sends to the others."""
+    return -(-price * (t - 1) // t) if 0 < scatter_from <= t else 0

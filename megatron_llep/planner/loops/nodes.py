@@ -5,56 +5,55 @@ Shape letters: P ranks on N nodes of G, E experts, M = E / P experts native to a
 
 import numpy as np
 
-from megatron_llep.planner.loops.arrays import zero_table, zeros
 from megatron_llep.planner.loops.jit import helper
-from megatron_llep.planner.loops.node_quotas import spread_over_nodes
-from megatron_llep.planner.loops.node_ranks import even_out_ranks, spread_in_node
+from megatron_llep.planner.loops.node_changes import improve
+from megatron_llep.planner.loops.node_links import waiting
+from megatron_llep.planner.loops.node_quotas import keep_at_home, keep_tokens
+from megatron_llep.planner.loops.node_ranks import Ranks, even_out, natives_of, spread_in_node
+from megatron_llep.planner.loops.rank_paths import push_along
 
 
 @helper
-def node_quotas(
-    counts: np.ndarray,
+def plan_ranks(
+    tokens: np.ndarray,
+    P: int,
     max_foreign: int,
-    node_size: int,
     most: int,
     prices: np.ndarray,
     quarters: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Quotas that leave no rank more than `most` pairs, as far as slots allow, with links spared.
+) -> Ranks:
+    """Plan so that no rank has more than `most` pairs, as far as slots allow, with links spared.
 
-    Nodes first (`spread_over_nodes`), then the ranks of each, then what is still above of all
+    Nodes first (`improve`), then the ranks of each, then what is still above of all
     ranks. Some of a node's slots are kept for what its ranks hand on to each other.
 
     Args:
-        counts: int64 [P, E] tokens of each rank for each expert.
+        tokens: int64 [N, E] pairs of each node for each expert.
+        P: ranks.
         max_foreign: most foreign experts per rank, 0 .. M.
-        node_size: G.
         most: pairs of a rank.
-        prices: as for `loan_loads`.
+        prices: of loans, as for `Nodes`.
         quarters: of a node's slots that are kept, 0 .. 4.
-
-    Returns:
-        quota int64 [E, P], and the pairs of each rank [P].
     """
-    P, E = counts.shape
-    N, M = P // node_size, E // P
-    tokens = zero_table(N, E)
-    for rank in range(P):
-        for expert in range(E):
-            tokens[rank // node_size, expert] += counts[rank, expert]
-    most_experts = node_size * max_foreign
+    N, _ = tokens.shape
+    G = P // N
+    most_experts = G * max_foreign
     most_experts -= most_experts * quarters // 4
-    of_nodes = spread_over_nodes(tokens, most * node_size, most_experts, prices)
-    quota, load, slots = zero_table(E, P), zeros(P), zeros(P)
-    for expert in range(E):
-        home = expert // M
-        quota[expert, home] = of_nodes[home // node_size, expert]
-        load[home] += quota[expert, home]
-    for rank in range(P):
-        slots[rank] = max_foreign
+    nodes = keep_at_home(tokens, prices)
+    before = waiting(nodes.links, prices)
+    keep_tokens(nodes, most_experts, (prices[0] + prices[1]) // 2)
+    improve(nodes, most * G, most_experts)
+    if waiting(nodes.links, prices) >= before:  # these loans do not pay
+        others = keep_at_home(tokens, prices)
+        improve(others, most * G, most_experts)
+        if waiting(others.links, prices) <= waiting(nodes.links, prices):
+            nodes = others
+    ranks = natives_of(nodes.quota, P, max_foreign)
     for node in range(N):
-        first = node * node_size
-        spread_in_node(of_nodes[node], first, first + node_size, quota, load, slots)
-        even_out_ranks(first, first + node_size, most, quota, load, slots)
-    even_out_ranks(0, P, most, quota, load, slots)
-    return quota, load
+        first = node * G
+        spread_in_node(nodes.quota[node], first, first + G, ranks)
+        even_out(ranks, first, first + G, most)
+        push_along(ranks, first, first + G, most)
+    even_out(ranks, 0, P, most)
+    push_along(ranks, 0, P, most)
+    return ranks

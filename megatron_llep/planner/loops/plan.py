@@ -34,6 +34,34 @@ def sum_up(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 @helper
+def sum_nodes(counts: np.ndarray, node_size: int) -> tuple[np.ndarray, int]:
+    """Tokens of each node for each expert [N, E], from counts int64 [P, E]; the smallest count."""
+    P, E = counts.shape
+    tokens = zero_table(P // node_size, E)
+    smallest = counts[0, 0]
+    for rank in range(P):
+        of_node = tokens[rank // node_size]
+        for expert in range(E):
+            of_node[expert] += counts[rank, expert]
+            smallest = min(smallest, counts[rank, expert])
+    return tokens, smallest
+
+
+@helper
+def sum_ranks(tokens: np.ndarray, P: int) -> tuple[np.ndarray, np.ndarray]:
+    """Loads of experts [E], and of ranks under plain expert parallelism [P], from [any, E]."""
+    E = tokens.shape[1]
+    loads, load = zeros(E), zeros(P)
+    for row in tokens:
+        for expert in range(E):
+            loads[expert] += row[expert]
+    for rank in range(P):
+        for expert in range(rank * E // P, (rank + 1) * E // P):
+            load[rank] += loads[expert]
+    return loads, load
+
+
+@helper
 def give_tables(
     loads: np.ndarray, P: int, moves: np.ndarray, n: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

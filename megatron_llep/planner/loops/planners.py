@@ -22,8 +22,9 @@ from megatron_llep.planner.loops.exact import exact_moves
 from megatron_llep.planner.loops.jit import entry, helper
 from megatron_llep.planner.loops.lla import lla_moves
 from megatron_llep.planner.loops.moves import new_moves
-from megatron_llep.planner.loops.nodes import node_quotas
-from megatron_llep.planner.loops.plan import give_tables, read_quotas, sum_up
+from megatron_llep.planner.loops.node_ranks import list_loans
+from megatron_llep.planner.loops.nodes import plan_ranks
+from megatron_llep.planner.loops.plan import give_slots, give_tables, sum_nodes, sum_ranks, sum_up
 from megatron_llep.planner.loops.tolerant import most_tokens, tolerant_moves
 
 Tables = tuple[np.ndarray, np.ndarray, np.ndarray, int, int, int, int]
@@ -74,7 +75,7 @@ def nodes(
     tolerance: float,
     prices: np.ndarray,
 ) -> Tables:
-    """With `node_quotas`, or `exact_moves` where these leave a rank less.
+    """With `plan_ranks`, or `exact_moves` where these leave a rank less.
 
     Loans may be there for links alone, so `falls_back` is about plans that leave a rank more pairs
     than the tolerance allows.
@@ -86,24 +87,28 @@ def nodes(
         threshold: likewise.
         falls_back: likewise.
         tolerance: part of the mean by which a rank's load may exceed it.
-        prices: of loans, as for `loan_loads`.
+        prices: of loans, as for `Nodes`.
     """
-    loads, load, smallest, before, moves, n = begin(counts, max_foreign)
-    P = len(load)
+    tokens, smallest = sum_nodes(counts, node_size)
+    loads, load = sum_ranks(tokens, len(counts))
+    P, E = counts.shape
+    before = largest_of(load)
+    moves, n = new_moves(P * max_foreign), 0
     if smallest < 0 or not is_uneven(load, threshold):
         return finish(loads, load, smallest, before, moves, n, falls_back)
     most = most_tokens(load, P, tolerance)
-    quota, after = node_quotas(counts, max_foreign, node_size, most, prices, 1)
-    largest = largest_of(after)
+    ranks = plan_ranks(tokens, P, max_foreign, most, prices, 1)
+    largest = largest_of(ranks.load)
     if largest > most:  # for want of slots
-        quota, after = node_quotas(counts, max_foreign, node_size, most, prices, 2)
-        largest = largest_of(after)
+        ranks = plan_ranks(tokens, P, max_foreign, most, prices, 2)
+        largest = largest_of(ranks.load)
     if largest > most:
         n = exact_moves(loads, load, max_foreign, P, moves)
         if max(largest_of(load), most) < largest or (falls_back and largest > before):
             return finish(loads, load, smallest, before, moves, n, falls_back)
-    foreign_experts, transfers, total, _, _ = read_quotas(quota)
-    return quota, foreign_experts, transfers, smallest, total, before, largest
+    moves = list_loans(ranks)
+    foreign_experts, transfers = give_slots(E, P, moves, len(moves))
+    return ranks.quota, foreign_experts, transfers, smallest, total_of(loads), before, largest
 
 
 @entry
