@@ -5,6 +5,7 @@ Shape letters: N nodes, E experts.
 
 import numpy as np
 
+from megatron_llep.planner.loops.arrays import zeros
 from megatron_llep.planner.loops.jit import helper
 from megatron_llep.planner.loops.node_links import (
     BORROWS,
@@ -179,19 +180,32 @@ def find_load_change(
     price, scatter_from = nodes.prices[0] + nodes.prices[1], nodes.prices[2]
     N, E = tokens.shape
     M = E // N
+    takers, rooms, num_takers = zeros(N), zeros(N), 0 * N
+    for other in range(N):
+        if other != node and load[other] < most_pairs:
+            takers[num_takers] = other
+            rooms[num_takers] = min(most_pairs - load[other], over)
+            num_takers += 1
     best, best_cost, looked = (-1, -1, -1, 1 + 0 * N), 0 * N, 0 * N
-    for home in range(N):
+    for home in range(N if num_takers else 0):
         for expert in range(home * M, (home + 1) * M):
             has = quota[node, expert]
             if has < least:
                 continue
-            for other in range(N):
-                room = most_pairs - load[other]
-                if other == node or room <= 0:
+            # Of those that would have to borrow it, the one that can keep most is looked at.
+            newcomer, most_kept = -1, 0 * N
+            for i in range(num_takers):
+                other = takers[i]
+                if other != home and quota[other, expert] == 0 and held[other] < most_experts:
+                    pairs = min(has, rooms[i])
+                    kept = pairs + min(pairs, tokens[other, expert])
+                    if kept > most_kept:
+                        newcomer, most_kept = other, kept
+            for i in range(num_takers):
+                other = takers[i]
+                if other != home and quota[other, expert] == 0 and other != newcomer:
                     continue
-                if other != home and quota[other, expert] == 0 and held[other] >= most_experts:
-                    continue
-                pairs = min(min(has, room), over)
+                pairs = min(has, rooms[i])
                 looked += 1
                 most, more = look_at(
                     tokens,

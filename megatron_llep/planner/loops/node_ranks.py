@@ -24,6 +24,8 @@ class Ranks(NamedTuple):
     """[P, S] experts that each rank borrows, as many as `held`."""
     held: np.ndarray
     """[P] how many these are."""
+    borrowers: np.ndarray
+    """[E] ranks that borrow each expert."""
 
 
 @helper
@@ -31,7 +33,7 @@ def natives_of(of_nodes: np.ndarray, P: int, max_foreign: int) -> Ranks:
     """What is computed at home, of quotas of nodes [N, E]."""
     N, E = of_nodes.shape
     M = E // P
-    ranks = Ranks(zero_table(E, P), zeros(P), zero_table(P, max_foreign), zeros(P))
+    ranks = Ranks(zero_table(E, P), zeros(P), zero_table(P, max_foreign), zeros(P), zeros(E))
     for rank in range(P):
         for expert in range(rank * M, (rank + 1) * M):
             pairs = of_nodes[rank * N // P, expert]
@@ -53,6 +55,7 @@ def add(ranks: Ranks, rank: int, expert: int, pairs: int) -> None:
     if not holds(ranks, rank, expert):
         ranks.foreign[rank, ranks.held[rank]] = expert
         ranks.held[rank] += 1
+        ranks.borrowers[expert] += 1
     ranks.quota[expert, rank] += pairs
     ranks.load[rank] += pairs
 
@@ -62,13 +65,14 @@ def take_off(ranks: Ranks, rank: int, expert: int, pairs: int) -> None:
     """Let a rank compute less of an expert; the slot is free if nothing remains."""
     ranks.quota[expert, rank] -= pairs
     ranks.load[rank] -= pairs
-    if holds(ranks, rank, expert):
+    if pairs == 0 or holds(ranks, rank, expert):
         return
     held = ranks.held[rank] - 1
     for slot in range(held):
         if ranks.foreign[rank, slot] == expert:
             ranks.foreign[rank, slot] = ranks.foreign[rank, held]
     ranks.held[rank] = held
+    ranks.borrowers[expert] -= 1
 
 
 @helper
@@ -118,6 +122,7 @@ def spread_in_node(of_node: np.ndarray, first: int, last: int, ranks: Ranks) -> 
         else:
             foreign[to, held[to]] = expert
             held[to] += 1
+            ranks.borrowers[expert] += 1
         quota[expert, to] += pairs
         load[to] += pairs
 
@@ -127,8 +132,7 @@ def even_out(ranks: Ranks, first: int, last: int, most: int) -> None:
     """Let ranks with more than `most` pairs hand some on, among those from `first` to `last`.
 
     The rank with most goes first, with the expert that it has most pairs of, to the rank with the
-    least room for all of its surplus of it, or else to that with most room. A rank's last slot must
-    not leave room unused: it is filled up, even if the giver falls below `most`.
+    least room for all of its surplus of it, or else to that with most room.
     """
     quota, load, held = ranks.quota, ranks.load, ranks.held
     E, P = quota.shape
@@ -153,8 +157,6 @@ def even_out(ranks: Ranks, first: int, last: int, most: int) -> None:
         if to < 0:
             is_stuck[giver] = 1
             continue
-        if held[to] == S - 1 and not holds(ranks, to, expert):
-            pairs = quota[expert, giver]
         pairs = min(pairs, to_room)
         add(ranks, to, expert, pairs)
         take_off(ranks, giver, expert, pairs)

@@ -20,7 +20,7 @@ def plan_ranks(
     max_foreign: int,
     most: int,
     prices: np.ndarray,
-    quarters: int,
+    eighths: int,
 ) -> Ranks:
     """Plan so that no rank has more than `most` pairs, as far as slots allow, with links spared.
 
@@ -33,15 +33,15 @@ def plan_ranks(
         max_foreign: most foreign experts per rank, 0 .. M.
         most: pairs of a rank.
         prices: of loans, as for `Nodes`.
-        quarters: of a node's slots that are kept, 0 .. 4.
+        eighths: of a node's slots that are kept, 0 .. 8.
     """
     N, _ = tokens.shape
     G = P // N
     most_experts = G * max_foreign
-    most_experts -= most_experts * quarters // 4
+    most_experts -= most_experts * eighths // 8
     nodes = keep_at_home(tokens, prices)
     before = waiting(nodes.links, prices)
-    keep_tokens(nodes, most_experts, (prices[0] + prices[1]) // 2)
+    keep_tokens(nodes, most_experts, (prices[0] + prices[1]) * 3 // 5)
     improve(nodes, most * G, most_experts)
     if waiting(nodes.links, prices) >= before:  # these loans do not pay
         others = keep_at_home(tokens, prices)

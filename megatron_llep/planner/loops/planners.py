@@ -100,7 +100,7 @@ def nodes(
     ranks = plan_ranks(tokens, P, max_foreign, most, prices, 1)
     largest = largest_of(ranks.load)
     if largest > most:  # for want of slots
-        ranks = plan_ranks(tokens, P, max_foreign, most, prices, 2)
+        ranks = plan_ranks(tokens, P, max_foreign, most, prices, 3)
         largest = largest_of(ranks.load)
     if largest > most:
         n = exact_moves(loads, load, max_foreign, P, moves)

@@ -3,11 +3,26 @@
 Shape letters: P ranks, E experts, M = E / P experts native to a rank, S foreign slots of a rank.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from megatron_llep.planner.loops.arrays import zeros
 from megatron_llep.planner.loops.jit import helper
 from megatron_llep.planner.loops.node_ranks import Ranks, add, take_off
+
+
+class Search(NamedTuple):
+    """How ranks were reached from a giver."""
+
+    giver_of: np.ndarray
+    """[P] from whom a rank takes an expert; -1: it is not reached."""
+    expert_of: np.ndarray
+    """[P] which one."""
+    reached: np.ndarray
+    """[P] ranks in the order in which they are reached."""
+    looked_at: np.ndarray
+    """[E] the number of the last search that looked at an expert's holders."""
 
 
 @helper
@@ -18,58 +33,56 @@ def push_along(ranks: Ranks, first: int, last: int, most: int) -> None:
     many pairs of another expert, and so on to a rank with room: the shortest way, without a slot if
     there is one.
     """
-    P = len(ranks.load)
-    giver_of, expert_of, reached = zeros(P), zeros(P), zeros(P)
+    E, P = ranks.quota.shape
+    search, number = Search(zeros(P), zeros(P), zeros(P), zeros(E)), 0 * P
     for giver in range(first, last):
         uses_slots = False
         while ranks.load[giver] > most:
-            end = _find_way(
-                ranks, giver, first, last, most, uses_slots, giver_of, expert_of, reached
-            )
+            number += 1
+            end = _find_way(ranks, search, number, giver, first, last, most, uses_slots)
             if end >= 0:
-                _push(ranks, giver, end, most, giver_of, expert_of)
+                _push(ranks, search, giver, end, most)
             elif uses_slots:
                 break
-            uses_slots = end < 0
+            uses_slots |= end < 0
 
 
 @helper
 def _find_way(
     ranks: Ranks,
+    search: Search,
+    number: int,
     giver: int,
     first: int,
     last: int,
     most: int,
     uses_slots: bool,
-    giver_of: np.ndarray,
-    expert_of: np.ndarray,
-    reached: np.ndarray,
 ) -> int:
-    """The nearest rank with room, -1 if there is none.
-
-    Fills `giver_of` and `expert_of`: from whom a rank on the way takes which expert. `reached` is
-    room for P ranks.
-    """
+    """Search number so many: the nearest rank with room, -1 if there is none."""
     quota, load, foreign, held = ranks.quota, ranks.load, ranks.foreign, ranks.held
+    giver_of, expert_of, reached = search.giver_of, search.expert_of, search.reached
+    looked_at, borrowers = search.looked_at, ranks.borrowers
     E, P = quota.shape
     M, S = E // P, foreign.shape[1]
     for rank in range(first, last):
         giver_of[rank] = -1
     giver_of[giver] = giver
     reached[0] = giver
-    num_reached, looked = 1, 0
-    while looked < num_reached:
-        rank = reached[looked]
-        looked += 1
+    num_reached, next_one = 1, 0
+    while next_one < num_reached:
+        rank = reached[next_one]
+        next_one += 1
         for slot in range(M + held[rank]):
             expert = rank * M + slot if slot < M else foreign[rank, slot - M]
-            if quota[expert, rank] == 0:
+            if quota[expert, rank] == 0 or looked_at[expert] == number:
                 continue
+            if not (borrowers[expert] or uses_slots):
+                continue  # no one else holds it
+            looked_at[expert] = number
             home = expert // M
             for other in range(first, last):
-                if giver_of[other] >= 0:
-                    continue
-                if not (quota[expert, other] or other == home or (uses_slots and held[other] < S)):
+                holds = quota[expert, other] > 0 or other == home
+                if not (holds or (uses_slots and held[other] < S)) or giver_of[other] >= 0:
                     continue
                 giver_of[other], expert_of[other] = rank, expert
                 if load[other] < most:
@@ -80,10 +93,9 @@ def _find_way(
 
 
 @helper
-def _push(
-    ranks: Ranks, giver: int, end: int, most: int, giver_of: np.ndarray, expert_of: np.ndarray
-) -> None:
+def _push(ranks: Ranks, search: Search, giver: int, end: int, most: int) -> None:
     """Hand on as much as goes all the way."""
+    giver_of, expert_of = search.giver_of, search.expert_of
     pairs = min(ranks.load[giver] - most, most - ranks.load[end])
     rank = end
     while rank != giver:
