@@ -93,15 +93,18 @@ def largest_expert(ranks: Ranks, rank: int) -> int:
 
 
 @helper
-def spread_in_node(of_node: np.ndarray, first: int, last: int, ranks: Ranks) -> None:
-    """Give each expert that a node borrows to one of its ranks: the least loaded with a slot.
+def spread_in_node(of_node: np.ndarray, first: int, last: int, most: int, ranks: Ranks) -> None:
+    """Give each expert that a node borrows to one of its ranks with a slot.
 
-    The largest goes first. What finds no slot goes back to its home.
+    The largest goes first, to the rank with most room for each of its free slots. Last slots are
+    used when there are no others, and those of ranks with most room at the end: into these mates
+    hand on. What finds no slot goes back to its home.
 
     Args:
         of_node: [E] pairs that the node computes.
         first: of its ranks.
         last: after the last of them.
+        most: pairs that a rank is to have.
         ranks: updated.
     """
     quota, load, foreign, held = ranks.quota, ranks.load, ranks.foreign, ranks.held
@@ -113,10 +116,19 @@ def spread_in_node(of_node: np.ndarray, first: int, last: int, ranks: Ranks) -> 
             insert(queue, of_node[expert] * E + E - 1 - expert)
     for place in range(queue[0], 0, -1):
         expert, pairs = E - 1 - queue[place] % E, queue[place] // E
-        to = -1
+        to, to_slots, to_room = -1, 0, 0
         for rank in range(first, last):
-            if held[rank] < S and (to < 0 or load[rank] < load[to]):
-                to = rank
+            slots, room = S - held[rank], most - load[rank]
+            if slots == 0:
+                continue
+            if to < 0 or (slots > 1) > (to_slots > 1):
+                is_better = True
+            elif to_slots > 1:
+                is_better = slots > 1 and room * to_slots > to_room * slots
+            else:
+                is_better = (room >= pairs, -room) > (to_room >= pairs, -to_room)
+            if is_better:
+                to, to_slots, to_room = rank, slots, room
         if to < 0:
             to = expert // M
         else:

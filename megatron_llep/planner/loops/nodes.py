@@ -10,7 +10,7 @@ from megatron_llep.planner.loops.node_changes import improve
 from megatron_llep.planner.loops.node_links import waiting
 from megatron_llep.planner.loops.node_quotas import keep_at_home, keep_tokens
 from megatron_llep.planner.loops.node_ranks import Ranks, even_out, natives_of, spread_in_node
-from megatron_llep.planner.loops.rank_paths import push_along
+from megatron_llep.planner.loops.rank_paths import no_search, push_along
 
 
 @helper
@@ -35,7 +35,7 @@ def plan_ranks(
         prices: of loans, as for `Nodes`.
         eighths: of a node's slots that are kept, 0 .. 8.
     """
-    N, _ = tokens.shape
+    N, E = tokens.shape
     G = P // N
     most_experts = G * max_foreign
     most_experts -= most_experts * eighths // 8
@@ -48,12 +48,12 @@ def plan_ranks(
         improve(others, most * G, most_experts)
         if waiting(others.links, prices) <= waiting(nodes.links, prices):
             nodes = others
-    ranks = natives_of(nodes.quota, P, max_foreign)
+    ranks, search = natives_of(nodes.quota, P, max_foreign), no_search(E, P)
     for node in range(N):
         first = node * G
-        spread_in_node(nodes.quota[node], first, first + G, ranks)
+        spread_in_node(nodes.quota[node], first, first + G, most, ranks)
         even_out(ranks, first, first + G, most)
-        push_along(ranks, first, first + G, most)
+        push_along(ranks, search, first, first + G, most)
     even_out(ranks, 0, P, most)
-    push_along(ranks, 0, P, most)
+    push_along(ranks, search, 0, P, most)
     return ranks

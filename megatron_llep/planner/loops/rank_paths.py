@@ -23,23 +23,28 @@ class Search(NamedTuple):
     """[P] ranks in the order in which they are reached."""
     looked_at: np.ndarray
     """[E] the number of the last search that looked at an expert's holders."""
+    number: np.ndarray
+    """[1] searches so far."""
 
 
 @helper
-def push_along(ranks: Ranks, first: int, last: int, most: int) -> None:
+def no_search(E: int, P: int) -> Search:
+    """Room for searches."""
+    return Search(zeros(P), zeros(P), zeros(P), zeros(E), zeros(1))
+
+
+@helper
+def push_along(ranks: Ranks, search: Search, first: int, last: int, most: int) -> None:
     """Bring ranks from `first` to `last` down to `most` pairs, by way of others.
 
     What a rank has too much of goes to one that holds the expert or has a slot, which hands on as
     many pairs of another expert, and so on to a rank with room: the shortest way, without a slot if
     there is one.
     """
-    E, P = ranks.quota.shape
-    search, number = Search(zeros(P), zeros(P), zeros(P), zeros(E)), 0 * P
     for giver in range(first, last):
         uses_slots = False
         while ranks.load[giver] > most:
-            number += 1
-            end = _find_way(ranks, search, number, giver, first, last, most, uses_slots)
+            end = _find_way(ranks, search, giver, first, last, most, uses_slots)
             if end >= 0:
                 _push(ranks, search, giver, end, most)
             elif uses_slots:
@@ -51,17 +56,18 @@ def push_along(ranks: Ranks, first: int, last: int, most: int) -> None:
 def _find_way(
     ranks: Ranks,
     search: Search,
-    number: int,
     giver: int,
     first: int,
     last: int,
     most: int,
     uses_slots: bool,
 ) -> int:
-    """Search number so many: the nearest rank with room, -1 if there is none."""
+    """The nearest rank with room, -1 if there is none."""
     quota, load, foreign, held = ranks.quota, ranks.load, ranks.foreign, ranks.held
     giver_of, expert_of, reached = search.giver_of, search.expert_of, search.reached
     looked_at, borrowers = search.looked_at, ranks.borrowers
+    search.number[0] += 1
+    number = search.number[0]
     E, P = quota.shape
     M, S = E // P, foreign.shape[1]
     for rank in range(first, last):
