@@ -1,7 +1,9 @@
-"""Changes of what nodes compute, one expert between two nodes at a time.
+"""Changes of what nodes compute: what each does to links, and which is the best.
 
 Shape letters: N nodes, E experts.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,76 +14,22 @@ from megatron_llep.planner.loops.node_links import (
     LENDS,
     RECEIVES,
     SENDS,
-    busiest_node,
     busy,
     busy_with,
     lent,
     passed_on,
-    waiting,
 )
-from megatron_llep.planner.loops.node_quotas import Nodes, price_loan, shift
-
-WORK = 3_000
-"""Changes that are looked at, at most."""
-
-Change = tuple[int, int, int, int]
-"""Expert, from where to where it goes, and how many pairs."""
+from megatron_llep.planner.loops.node_state import Nodes
 
 
-@helper
-def change(nodes: Nodes, expert: int, source: int, target: int, pairs: int) -> None:
-    """Make a change; updates all."""
-    price_loan(nodes, expert, -1)
-    shift(nodes, expert, source, target, pairs)
-    price_loan(nodes, expert, 1)
+class Change(NamedTuple):
+    """Pairs of an expert that one node computes instead of another."""
 
-
-@helper
-def improve(nodes: Nodes, most_pairs: int, most_experts: int) -> None:
-    """First no node above its share, then the busiest link as little as possible.
-
-    While a node has more pairs than its ranks may have, it hands on what loads links least for
-    each pair. Then the node with the busiest link makes the one change that leaves the largest
-    of the links concerned least, as long as there is one that helps.
-    """
-    N = len(nodes.load)
-    work = 0 * N
-    while work < WORK:
-        node = 0
-        for other in range(N):
-            if nodes.load[other] > nodes.load[node]:
-                node = other
-        over = nodes.load[node] - most_pairs
-        busiest = busiest_node(nodes.links)
-        most = busy_with(nodes.links, busiest)
-        if over > 0:
-            # Small experts change little: they are looked at if nothing else helps a load.
-            found, looked = find_load_change(
-                nodes, node, over, most, max(over // 8, 1), most_pairs, most_experts
-            )
-            work += looked
-            if found[0] < 0:
-                found, looked = find_load_change(
-                    nodes, node, over, most, 1, most_pairs, most_experts
-                )
-                work += looked
-            expert, source, target, pairs = found
-            if expert < 0:
-                return
-            change(nodes, expert, source, target, pairs)
-        else:
-            found, looked = find_link_change(
-                nodes, busiest, most, max(most // 128, 1), most_pairs, most_experts
-            )
-            work += looked
-            expert, source, target, pairs = found
-            if expert < 0:
-                return
-            before = waiting(nodes.links, nodes.prices)
-            change(nodes, expert, source, target, pairs)
-            if waiting(nodes.links, nodes.prices) >= before:
-                change(nodes, expert, target, source, pairs)
-                return
+    expert: int
+    """-1: nothing changes."""
+    source: int
+    target: int
+    pairs: int
 
 
 @helper
@@ -89,19 +37,25 @@ def look_at(
     tokens: np.ndarray,
     quota: np.ndarray,
     links: np.ndarray,
+    prices: np.ndarray,
     t: int,
-    price: int,
-    scatter_from: int,
-    expert: int,
     home: int,
-    source: int,
-    target: int,
-    pairs: int,
+    change: Change,
 ) -> tuple[int, int]:
     """Of the links concerned, the busiest after a change, and what it adds to all.
 
     Other borrowers' shards grow or shrink a little; that is left out.
+
+    Args:
+        tokens: of `Nodes`. Not all of it is passed on, as numba counts references to its arrays.
+        quota: likewise.
+        links: likewise.
+        prices: likewise.
+        t: nodes that borrow the expert.
+        home: its node.
+        change: of what they compute.
     """
+    expert, source, target, pairs = change
     has, gets = quota[source, expert], quota[target, expert]
     foreign = min(pairs, max(has - tokens[source, expert], 0))
     own = min(pairs, max(tokens[target, expert] - gets, 0))
@@ -109,6 +63,8 @@ def look_at(
     ends = source != home and has == pairs
     home_lends = source_lends = target_lends = source_borrows = target_borrows = 0
     if starts or ends:
+        weights, gradients, scatter_from = prices
+        price = weights + gradients
         will = t + starts - ends
         home_lends = lent(will, price, scatter_from) - lent(t, price, scatter_from)
         if ends:
@@ -147,13 +103,7 @@ def look_at(
 
 @helper
 def find_load_change(
-    nodes: Nodes,
-    node: int,
-    over: int,
-    busiest: int,
-    least: int,
-    most_pairs: int,
-    most_experts: int,
+    nodes: Nodes, node: int, over: int, busiest: int, least: int
 ) -> tuple[Change, int]:
     """The change that lowers a node's load at least cost for links, for each pair.
 
@@ -163,21 +113,13 @@ def find_load_change(
         over: by how many.
         busiest: what the busiest link is busy with.
         least: pairs that it computes of experts which are looked at.
-        most_pairs: of a node.
-        most_experts: that a node may borrow.
 
     Returns:
         The change, whose expert is -1 if there is none; and how many were looked at.
     """
-    tokens, quota, links, load, held = (
-        nodes.tokens,
-        nodes.quota,
-        nodes.links,
-        nodes.load,
-        nodes.held,
-    )
-    borrowers = nodes.borrowers
-    price, scatter_from = nodes.prices[0] + nodes.prices[1], nodes.prices[2]
+    tokens, quota, links, prices = nodes.tokens, nodes.quota, nodes.links, nodes.prices
+    load, held, borrowers = nodes.load, nodes.held, nodes.borrowers
+    most_pairs, most_experts = nodes.most_pairs, nodes.most_experts
     N, E = tokens.shape
     M = E // N
     takers, rooms, num_takers = zeros(N), zeros(N), 0 * N
@@ -186,7 +128,7 @@ def find_load_change(
             takers[num_takers] = other
             rooms[num_takers] = min(most_pairs - load[other], over)
             num_takers += 1
-    best, best_cost, looked = (-1, -1, -1, 1 + 0 * N), 0 * N, 0 * N
+    best, best_cost, looked = Change(-1, -1, -1, 1 + 0 * N), 0 * N, 0 * N
     for home in range(N if num_takers else 0):
         for expert in range(home * M, (home + 1) * M):
             has = quota[node, expert]
@@ -207,29 +149,16 @@ def find_load_change(
                     continue
                 pairs = min(has, rooms[i])
                 looked += 1
-                most, more = look_at(
-                    tokens,
-                    quota,
-                    links,
-                    borrowers[expert],
-                    price,
-                    scatter_from,
-                    expert,
-                    home,
-                    node,
-                    other,
-                    pairs,
-                )
+                change = Change(expert, node, other, pairs)
+                most, more = look_at(tokens, quota, links, prices, borrowers[expert], home, change)
                 cost = more + 4 * max(most - busiest, 0)
-                if best[0] < 0 or cost * best[3] < best_cost * pairs:
-                    best, best_cost = (expert, node, other, pairs), cost
+                if best.expert < 0 or cost * best.pairs < best_cost * pairs:
+                    best, best_cost = change, cost
     return best, looked
 
 
 @helper
-def find_link_change(
-    nodes: Nodes, node: int, busiest: int, least: int, most_pairs: int, most_experts: int
-) -> tuple[Change, int]:
+def find_link_change(nodes: Nodes, node: int, busiest: int, least: int) -> tuple[Change, int]:
     """The change that leaves the largest of the links concerned least.
 
     Args:
@@ -237,24 +166,16 @@ def find_link_change(
         node: with the busiest link.
         busiest: what it is busy with.
         least: pairs that it computes, or has, of experts which are looked at.
-        most_pairs: of a node.
-        most_experts: that a node may borrow.
 
     Returns:
         The change, whose expert is -1 if there is none; and how many were looked at.
     """
-    tokens, quota, links, load, held = (
-        nodes.tokens,
-        nodes.quota,
-        nodes.links,
-        nodes.load,
-        nodes.held,
-    )
-    borrowers = nodes.borrowers
-    price, scatter_from = nodes.prices[0] + nodes.prices[1], nodes.prices[2]
+    tokens, quota, links, prices = nodes.tokens, nodes.quota, nodes.links, nodes.prices
+    load, held, borrowers = nodes.load, nodes.held, nodes.borrowers
+    most_pairs, most_experts = nodes.most_pairs, nodes.most_experts
     N, E = tokens.shape
     M = E // N
-    best, best_most, looked = (-1, -1, -1, 1 + 0 * N), busiest, 0 * N
+    best, best_most, looked = Change(-1, -1, -1, 1 + 0 * N), busiest, 0 * N
     for home in range(N):
         for expert in range(home * M, (home + 1) * M):
             has, wants = quota[node, expert], tokens[node, expert]
@@ -271,21 +192,10 @@ def find_link_change(
                         continue
                     pairs = min(min(has, room), unmet)
                     looked += 1
-                    most, _ = look_at(
-                        tokens,
-                        quota,
-                        links,
-                        borrowers[expert],
-                        price,
-                        scatter_from,
-                        expert,
-                        home,
-                        node,
-                        other,
-                        pairs,
-                    )
+                    change = Change(expert, node, other, pairs)
+                    most, _ = look_at(tokens, quota, links, prices, borrowers[expert], home, change)
                     if most < best_most:
-                        best, best_most = (expert, node, other, pairs), most
+                        best, best_most = change, most
             # Take from the home what it has.
             room, unmet = most_pairs - load[node], wants - has
             if node == home or room <= 0 or unmet <= 0:
@@ -295,19 +205,8 @@ def find_link_change(
             pairs = min(min(quota[home, expert], room), unmet)
             if pairs > 0:
                 looked += 1
-                most, _ = look_at(
-                    tokens,
-                    quota,
-                    links,
-                    borrowers[expert],
-                    price,
-                    scatter_from,
-                    expert,
-                    home,
-                    home,
-                    node,
-                    pairs,
-                )
+                change = Change(expert, home, node, pairs)
+                most, _ = look_at(tokens, quota, links, prices, borrowers[expert], home, change)
                 if most < best_most:
-                    best, best_most = (expert, home, node, pairs), most
+                    best, best_most = change, most
     return best, looked

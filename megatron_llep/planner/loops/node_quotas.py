@@ -1,111 +1,68 @@
 """How many pairs of each expert each node computes.
 
-Shape letters: N nodes of G ranks, E experts.
+Shape letters: N nodes, E experts.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 
-from megatron_llep.planner.loops.arrays import zero_table, zeros
+from megatron_llep.planner.loops.arrays import zeros
 from megatron_llep.planner.loops.jit import helper
+from megatron_llep.planner.loops.node_changes import find_link_change, find_load_change
 from megatron_llep.planner.loops.node_links import (
-    BORROWS,
-    LENDS,
     RECEIVES,
     SENDS,
-    lent,
-    passed_on,
+    busiest_node,
+    busy_with,
+    waiting,
 )
+from megatron_llep.planner.loops.node_state import Nodes, keep_at_home, price_loan, shift
 from megatron_llep.planner.loops.queue import insert, take
 
-
-class Nodes(NamedTuple):
-    """Who computes what, and what follows from it. int64."""
-
-    tokens: np.ndarray
-    """[N, E] pairs of each node for each expert."""
-    quota: np.ndarray
-    """[N, E] pairs that each node computes; a column sums to the expert's pairs."""
-    load: np.ndarray
-    """[N] pairs that each node computes."""
-    held: np.ndarray
-    """[N] experts that each node borrows."""
-    borrowers: np.ndarray
-    """[E] nodes that borrow each expert."""
-    links: np.ndarray
-    """[4, N] what crosses links, as in `node_links`."""
-    prices: np.ndarray
-    """[3], of weights, of gradients; and from how many nodes on an expert goes in shards."""
+WORK = 3_000
+"""Changes that are looked at, at most; each takes some 20 ns."""
 
 
 @helper
-def keep_at_home(tokens: np.ndarray, prices: np.ndarray) -> Nodes:
-    """Every expert computed on its own node."""
-    N, E = tokens.shape
-    quota, load, links = zero_table(N, E), zeros(N), zero_table(4, N)
-    M = E // N
-    for node in range(N):
-        for home in range(N):
-            pairs = 0 * N
-            for expert in range(home * M, (home + 1) * M):
-                quota[home, expert] += tokens[node, expert]
-                pairs += tokens[node, expert]
-            load[home] += pairs
-            if home != node:
-                links[SENDS, node] += pairs
-                links[RECEIVES, home] += pairs
-    return Nodes(tokens, quota, load, zeros(N), zeros(E), links, prices)
+def spread_over_nodes(
+    tokens: np.ndarray, most_pairs: int, most_experts: int, prices: np.ndarray
+) -> np.ndarray:
+    """Quotas of nodes: none above its share, with as little waiting for exchanges as can be.
+
+    1. A node borrows what it has so many pairs of that keeping them saves more than the loan takes
+       (`keep_tokens`).
+    2. One expert after another is moved between two nodes (`improve`).
+
+    Where loans of the first step do not make a layer wait less, the second starts without them.
+
+    Args:
+        tokens: int64 [N, E] pairs of each node for each expert.
+        most_pairs: a node is to compute.
+        most_experts: a node may borrow.
+        prices: as in `Nodes`.
+
+    Returns:
+        int64 [N, E]; a column sums to the expert's pairs.
+    """
+    weights, gradients, _ = prices
+    nodes = keep_at_home(tokens, prices, most_pairs, most_experts)
+    before = waiting(nodes.links, prices)
+    # Half of the prices is what the crossings saved are worth; a little more found better plans.
+    keep_tokens(nodes, (weights + gradients) * 11 // 20)
+    improve(nodes)
+    after = waiting(nodes.links, prices)
+    if after < before:
+        return nodes.quota
+    others = keep_at_home(tokens, prices, most_pairs, most_experts)
+    improve(others)
+    return others.quota if waiting(others.links, prices) <= after else nodes.quota
 
 
 @helper
-def shift(nodes: Nodes, expert: int, source: int, target: int, pairs: int) -> None:
-    """Let one node compute so many pairs of an expert instead of another; loans are not priced."""
-    N, E = nodes.tokens.shape
-    home = expert * N // E
-    tokens, quota, links = nodes.tokens, nodes.quota, nodes.links
-    foreign = min(pairs, max(quota[source, expert] - tokens[source, expert], 0))
-    links[RECEIVES, source] -= foreign
-    links[SENDS, source] += pairs - foreign
-    own = min(pairs, max(tokens[target, expert] - quota[target, expert], 0))
-    links[SENDS, target] -= own
-    links[RECEIVES, target] += pairs - own
-    starts = target != home and quota[target, expert] == 0
-    ends = source != home and quota[source, expert] == pairs
-    quota[source, expert] -= pairs
-    quota[target, expert] += pairs
-    nodes.load[source] -= pairs
-    nodes.load[target] += pairs
-    nodes.held[target] += starts
-    nodes.held[source] -= ends
-    nodes.borrowers[expert] += starts
-    nodes.borrowers[expert] -= ends
-
-
-@helper
-def price_loan(nodes: Nodes, expert: int, sign: int) -> None:
-    """Add what lending an expert takes of all links (sign 1), or take it off (-1)."""
-    t = nodes.borrowers[expert]
-    if t == 0:
-        return
-    quota, links = nodes.quota, nodes.links
-    N, E = quota.shape
-    home = expert * N // E
-    weights, gradients, scatter_from = nodes.prices
-    price = weights + gradients
-    links[LENDS, home] += sign * lent(t, price, scatter_from)
-    shards = passed_on(t, price, scatter_from)
-    for node in range(N):
-        if node != home and quota[node, expert] > 0:
-            links[BORROWS, node] += sign * price
-            links[LENDS, node] += sign * shards
-
-
-@helper
-def keep_tokens(nodes: Nodes, most_experts: int, least: int) -> None:
+def keep_tokens(nodes: Nodes, least: int) -> None:
     """Let nodes borrow the experts of which they have more than so many pairs, largest first."""
     tokens, quota, links = nodes.tokens, nodes.quota, nodes.links
     load, held, borrowers = nodes.load, nodes.held, nodes.borrowers
+    most_experts = nodes.most_experts
     N, E = tokens.shape
     M = E // N
     queue = zeros(most_experts + 2)
@@ -138,3 +95,40 @@ def keep_tokens(nodes: Nodes, most_experts: int, least: int) -> None:
     for expert in range(E):
         if borrowers[expert]:
             price_loan(nodes, expert, 1)
+
+
+@helper
+def improve(nodes: Nodes) -> None:
+    """Change what nodes compute, one expert between two nodes at a time.
+
+    While a node has more pairs than its ranks may have, it hands on what loads links least for
+    each pair. Then the node with the busiest link makes the one change that leaves the largest
+    of the links concerned least, as long as a layer waits less for its exchanges.
+    """
+    N = len(nodes.load)
+    work = 0 * N
+    while work < WORK:
+        node = 0
+        for other in range(N):
+            if nodes.load[other] > nodes.load[node]:
+                node = other
+        over = nodes.load[node] - nodes.most_pairs
+        busiest = busiest_node(nodes.links)
+        most = busy_with(nodes.links, busiest)
+        before = waiting(nodes.links, nodes.prices)
+        # Small experts change little: they are looked at if nothing else helps a load.
+        if over > 0:
+            found, looked = find_load_change(nodes, node, over, most, max(over // 8, 1))
+            if found.expert < 0:
+                work += looked
+                found, looked = find_load_change(nodes, node, over, most, 1)
+        else:
+            found, looked = find_link_change(nodes, busiest, most, max(most // 128, 1))
+        work += looked
+        expert, source, target, pairs = found
+        if expert < 0:
+            return
+        shift(nodes, expert, source, target, pairs)
+        if over <= 0 and waiting(nodes.links, nodes.prices) >= before:
+            shift(nodes, expert, target, source, pairs)
+            return

@@ -6,9 +6,7 @@ Shape letters: P ranks on N nodes of G, E experts, M = E / P experts native to a
 import numpy as np
 
 from megatron_llep.planner.loops.jit import helper
-from megatron_llep.planner.loops.node_changes import improve
-from megatron_llep.planner.loops.node_links import waiting
-from megatron_llep.planner.loops.node_quotas import keep_at_home, keep_tokens
+from megatron_llep.planner.loops.node_quotas import spread_over_nodes
 from megatron_llep.planner.loops.node_ranks import Ranks, even_out, natives_of, spread_in_node
 from megatron_llep.planner.loops.rank_paths import no_search, push_along
 
@@ -24,8 +22,8 @@ def plan_ranks(
 ) -> Ranks:
     """Plan so that no rank has more than `most` pairs, as far as slots allow, with links spared.
 
-    Nodes first (`improve`), then the ranks of each, then what is still above of all
-    ranks. Some of a node's slots are kept for what its ranks hand on to each other.
+    Nodes first, then the ranks of each, then what is still above of all ranks. Some of a node's
+    slots are kept for what its ranks hand on to each other.
 
     Args:
         tokens: int64 [N, E] pairs of each node for each expert.
@@ -39,19 +37,11 @@ def plan_ranks(
     G = P // N
     most_experts = G * max_foreign
     most_experts -= most_experts * eighths // 8
-    nodes = keep_at_home(tokens, prices)
-    before = waiting(nodes.links, prices)
-    keep_tokens(nodes, most_experts, (prices[0] + prices[1]) * 3 // 5)
-    improve(nodes, most * G, most_experts)
-    if waiting(nodes.links, prices) >= before:  # these loans do not pay
-        others = keep_at_home(tokens, prices)
-        improve(others, most * G, most_experts)
-        if waiting(others.links, prices) <= waiting(nodes.links, prices):
-            nodes = others
-    ranks, search = natives_of(nodes.quota, P, max_foreign), no_search(E, P)
+    of_nodes = spread_over_nodes(tokens, most * G, most_experts, prices)
+    ranks, search = natives_of(of_nodes, P, max_foreign), no_search(E, P)
     for node in range(N):
         first = node * G
-        spread_in_node(nodes.quota[node], first, first + G, most, ranks)
+        spread_in_node(of_nodes[node], first, first + G, most, ranks)
         even_out(ranks, first, first + G, most)
         push_along(ranks, search, first, first + G, most)
     even_out(ranks, 0, P, most)
