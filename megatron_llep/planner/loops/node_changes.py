@@ -37,7 +37,8 @@ def look_at(
     tokens: np.ndarray,
     quota: np.ndarray,
     links: np.ndarray,
-    prices: np.ndarray,
+    price: int,
+    scatter_from: int,
     t: int,
     home: int,
     change: Change,
@@ -50,7 +51,8 @@ def look_at(
         tokens: of `Nodes`. Not all of it is passed on, as numba counts references to its arrays.
         quota: likewise.
         links: likewise.
-        prices: likewise.
+        price: likewise.
+        scatter_from: likewise.
         t: nodes that borrow the expert.
         home: its node.
         change: of what they compute.
@@ -63,8 +65,6 @@ def look_at(
     ends = source != home and has == pairs
     home_lends = source_lends = target_lends = source_borrows = target_borrows = 0
     if starts or ends:
-        weights, gradients, scatter_from = prices
-        price = weights + gradients
         will = t + starts - ends
         home_lends = lent(will, price, scatter_from) - lent(t, price, scatter_from)
         if ends:
@@ -117,9 +117,10 @@ def find_load_change(
     Returns:
         The change, whose expert is -1 if there is none; and how many were looked at.
     """
-    tokens, quota, links, prices = nodes.tokens, nodes.quota, nodes.links, nodes.prices
+    tokens, quota, links = nodes.tokens, nodes.quota, nodes.links
     load, held, borrowers = nodes.load, nodes.held, nodes.borrowers
     most_pairs, most_experts = nodes.most_pairs, nodes.most_experts
+    price, scatter_from = nodes.price, nodes.scatter_from
     N, E = tokens.shape
     M = E // N
     takers, rooms, num_takers = zeros(N), zeros(N), 0 * N
@@ -150,7 +151,9 @@ def find_load_change(
                 pairs = min(has, rooms[i])
                 looked += 1
                 change = Change(expert, node, other, pairs)
-                most, more = look_at(tokens, quota, links, prices, borrowers[expert], home, change)
+                most, more = look_at(
+                    tokens, quota, links, price, scatter_from, borrowers[expert], home, change
+                )
                 cost = more + 4 * max(most - busiest, 0)
                 if best.expert < 0 or cost * best.pairs < best_cost * pairs:
                     best, best_cost = change, cost
@@ -170,9 +173,10 @@ def find_link_change(nodes: Nodes, node: int, busiest: int, least: int) -> tuple
     Returns:
         The change, whose expert is -1 if there is none; and how many were looked at.
     """
-    tokens, quota, links, prices = nodes.tokens, nodes.quota, nodes.links, nodes.prices
+    tokens, quota, links = nodes.tokens, nodes.quota, nodes.links
     load, held, borrowers = nodes.load, nodes.held, nodes.borrowers
     most_pairs, most_experts = nodes.most_pairs, nodes.most_experts
+    price, scatter_from = nodes.price, nodes.scatter_from
     N, E = tokens.shape
     M = E // N
     best, best_most, looked = Change(-1, -1, -1, 1 + 0 * N), busiest, 0 * N
@@ -193,7 +197,9 @@ def find_link_change(nodes: Nodes, node: int, busiest: int, least: int) -> tuple
                     pairs = min(min(has, room), unmet)
                     looked += 1
                     change = Change(expert, node, other, pairs)
-                    most, _ = look_at(tokens, quota, links, prices, borrowers[expert], home, change)
+                    most, _ = look_at(
+                        tokens, quota, links, price, scatter_from, borrowers[expert], home, change
+                    )
                     if most < best_most:
                         best, best_most = change, most
             # Take from the home what it has.
@@ -206,7 +212,9 @@ def find_link_change(nodes: Nodes, node: int, busiest: int, least: int) -> tuple
             if pairs > 0:
                 looked += 1
                 change = Change(expert, home, node, pairs)
-                most, _ = look_at(tokens, quota, links, prices, borrowers[expert], home, change)
+                most, _ = look_at(
+                    tokens, quota, links, price, scatter_from, borrowers[expert], home, change
+                )
                 if most < best_most:
                     best, best_most = change, most
     return best, looked

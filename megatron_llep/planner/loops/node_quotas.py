@@ -38,7 +38,7 @@ def spread_over_nodes(
         tokens: int64 [N, E] pairs of each node for each expert.
         most_pairs: a node is to compute.
         most_experts: a node may borrow.
-        prices: as in `Nodes`.
+        prices: [3], of weights, of gradients; and from how many nodes on an expert goes in shards.
 
     Returns:
         int64 [N, E]; a column sums to the expert's pairs.
@@ -48,12 +48,12 @@ def spread_over_nodes(
     before = waiting(nodes.links, prices)
     # Half of the prices is what the crossings saved are worth; a little more found better plans.
     keep_tokens(nodes, (weights + gradients) * 11 // 20)
-    improve(nodes)
+    improve(nodes, prices)
     after = waiting(nodes.links, prices)
     if after < before:
         return nodes.quota
     others = keep_at_home(tokens, prices, most_pairs, most_experts)
-    improve(others)
+    improve(others, prices)
     return others.quota if waiting(others.links, prices) <= after else nodes.quota
 
 
@@ -98,7 +98,7 @@ def keep_tokens(nodes: Nodes, least: int) -> None:
 
 
 @helper
-def improve(nodes: Nodes) -> None:
+def improve(nodes: Nodes, prices: np.ndarray) -> None:
     """Change what nodes compute, one expert between two nodes at a time.
 
     While a node has more pairs than its ranks may have, it hands on what loads links least for
@@ -115,7 +115,6 @@ def improve(nodes: Nodes) -> None:
         over = nodes.load[node] - nodes.most_pairs
         busiest = busiest_node(nodes.links)
         most = busy_with(nodes.links, busiest)
-        before = waiting(nodes.links, nodes.prices)
         # Small experts change little: they are looked at if nothing else helps a load.
         if over > 0:
             found, looked = find_load_change(nodes, node, over, most, max(over // 8, 1))
@@ -128,7 +127,8 @@ def improve(nodes: Nodes) -> None:
         expert, source, target, pairs = found
         if expert < 0:
             return
+        before = waiting(nodes.links, prices)
         shift(nodes, expert, source, target, pairs)
-        if over <= 0 and waiting(nodes.links, nodes.prices) >= before:
+        if over <= 0 and waiting(nodes.links, prices) >= before:
             shift(nodes, expert, target, source, pairs)
             return

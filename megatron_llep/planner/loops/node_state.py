@@ -34,8 +34,10 @@ class Nodes(NamedTuple):
     """[E] nodes that borrow each expert."""
     links: np.ndarray
     """[4, N] what crosses links, as in `node_links`."""
-    prices: np.ndarray
-    """[3], of weights, of gradients; and from how many nodes on an expert goes in shards."""
+    price: int
+    """Of weights and gradients."""
+    scatter_from: int
+    """Nodes from which on an expert goes in shards."""
     most_pairs: int
     """That a node is to compute."""
     most_experts: int
@@ -61,14 +63,17 @@ def keep_at_home(
                 links[SENDS, node] += pairs
                 links[RECEIVES, home] += pairs
     held, borrowers = zeros(N), zeros(E)
-    return Nodes(tokens, quota, load, held, borrowers, links, prices, most_pairs, most_experts)
+    weights, gradients, scatter_from = prices
+    price = weights + gradients
+    return Nodes(
+        tokens, quota, load, held, borrowers, links, price, scatter_from, most_pairs, most_experts
+    )
 
 
 @helper
 def shift(nodes: Nodes, expert: int, source: int, target: int, pairs: int) -> None:
     """Let one node compute so many pairs of an expert instead of another; updates all."""
     N, E = nodes.tokens.shape
-    price_loan(nodes, expert, -1)
     home = expert * N // E
     tokens, quota, links = nodes.tokens, nodes.quota, nodes.links
     foreign = min(pairs, max(quota[source, expert] - tokens[source, expert], 0))
@@ -79,6 +84,8 @@ def shift(nodes: Nodes, expert: int, source: int, target: int, pairs: int) -> No
     links[RECEIVES, target] += pairs - own
     starts = target != home and quota[target, expert] == 0
     ends = source != home and quota[source, expert] == pairs
+    if starts or ends:
+        price_loan(nodes, expert, -1)
     quota[source, expert] -= pairs
     quota[target, expert] += pairs
     nodes.load[source] -= pairs
@@ -87,7 +94,8 @@ def shift(nodes: Nodes, expert: int, source: int, target: int, pairs: int) -> No
     nodes.held[source] -= ends
     nodes.borrowers[expert] += starts
     nodes.borrowers[expert] -= ends
-    price_loan(nodes, expert, 1)
+    if starts or ends:
+        price_loan(nodes, expert, 1)
 
 
 @helper
@@ -99,8 +107,7 @@ def price_loan(nodes: Nodes, expert: int, sign: int) -> None:
     quota, links = nodes.quota, nodes.links
     N, E = quota.shape
     home = expert * N // E
-    weights, gradients, scatter_from = nodes.prices
-    price = weights + gradients
+    price, scatter_from = nodes.price, nodes.scatter_from
     links[LENDS, home] += sign * lent(t, price, scatter_from)
     shards = passed_on(t, price, scatter_from)
     for node in range(N):

@@ -30,7 +30,7 @@ def plan_ranks(
         P: ranks.
         max_foreign: most foreign experts per rank, 0 .. M.
         most: pairs of a rank.
-        prices: of loans, as for `Nodes`.
+        prices: of loans, as for `spread_over_nodes`.
         eighths: of a node's slots that are kept, 0 .. 8.
     """
     N, E = tokens.shape
@@ -43,7 +43,7 @@ def plan_ranks(
         first = node * G
         spread_in_node(of_nodes[node], first, first + G, most, ranks)
         even_out(ranks, first, first + G, most)
-        push_along(ranks, search, first, first + G, most)
+        push_along(ranks, search, first, first + G, most, False)
     even_out(ranks, 0, P, most)
-    push_along(ranks, search, 0, P, most)
+    push_along(ranks, search, 0, P, most, True)
     return ranks

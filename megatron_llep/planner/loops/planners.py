@@ -87,7 +87,7 @@ def nodes(
         threshold: likewise.
         falls_back: likewise.
         tolerance: part of the mean by which a rank's load may exceed it.
-        prices: of loans, as for `Nodes`.
+        prices: of loans, as for `spread_over_nodes`.
     """
     tokens, smallest = sum_nodes(counts, node_size)
     loads, load = sum_ranks(tokens, len(counts))

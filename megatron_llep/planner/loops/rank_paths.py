@@ -34,15 +34,24 @@ def no_search(E: int, P: int) -> Search:
 
 
 @helper
-def push_along(ranks: Ranks, search: Search, first: int, last: int, most: int) -> None:
+def push_along(
+    ranks: Ranks, search: Search, first: int, last: int, most: int, spares_slots: bool
+) -> None:
     """Bring ranks from `first` to `last` down to `most` pairs, by way of others.
 
     What a rank has too much of goes to one that holds the expert or has a slot, which hands on as
-    many pairs of another expert, and so on to a rank with room: the shortest way, without a slot if
-    there is one.
+    many pairs of another expert, and so on to a rank with room: the shortest way.
+
+    Args:
+        ranks: updated.
+        search: room for it.
+        first: of the ranks.
+        last: after the last of them.
+        most: pairs of a rank.
+        spares_slots: a slot is only used where there is no way without.
     """
     for giver in range(first, last):
-        uses_slots = False
+        uses_slots = not spares_slots
         while ranks.load[giver] > most:
             end = _find_way(ranks, search, giver, first, last, most, uses_slots)
             if end >= 0:
