@@ -124,21 +124,57 @@ def test_one_node_is_planned_as_ever():
         np.testing.assert_array_equal(told.quota, make_plan(counts, planner=planner).quota)
 
 
+def route(sigma, tokens, seed, num_experts=256):
+    """DeepSeek-V3's experts on 8 nodes of 8."""
+    return make_counts(
+        f"lognormal-{sigma}",
+        num_ranks=64,
+        num_experts=num_experts,
+        tokens_per_rank=tokens,
+        top_k=8,
+        seed=seed,
+    )
+
+
 @pytest.mark.parametrize("planner", ["tolerant", "exact"])
 @pytest.mark.parametrize(
     ("sigma", "tokens", "most"),
     [(1, 4096, 0.75), (1, 16384, 0.57), (2, 4096, 0.37), (2, 16384, 0.26)],
 )
 def test_the_busiest_link_carries_less(planner, sigma, tokens, most):
-    """DeepSeek-V3's experts on 8 nodes of 8: a slot for each native expert is enough."""
-    counts = make_counts(
-        f"lognormal-{sigma}",
-        num_ranks=64,
-        num_experts=256,
-        tokens_per_rank=tokens,
-        top_k=8,
-        seed=2,
-    )
+    """A slot for each native expert is enough."""
+    counts = route(sigma, tokens, seed=2)
     plan = plan_nodes(counts, 8, Prices(), planner)
     assert plan.imbalance_after <= (1.05 if planner == "tolerant" else 1)
     assert of_plain(plan, counts, 8, Prices()) <= most
+
+
+@pytest.mark.parametrize("num_experts", [256, 384])
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(("sigma", "most"), [(1, 0.85), (2, 0.6)])
+def test_exact_does_not_give_up_its_nodes_for_balance(sigma, most, alike, num_experts):
+    """Perfect balance with a slot for each native expert, and far less to wait for than as one."""
+    nodes = range(0, 64, 8)
+    seeds = [3] * 8 if alike else range(8)
+    parts = [route(sigma, 16384, seed, num_experts) for seed in seeds]
+    counts = np.concatenate([part[i : i + 8] for i, part in zip(nodes, parts, strict=True)])
+    plan = plan_nodes(counts, 8, Prices(), "exact")
+    assert plan.load_per_rank_after.max() == -(-counts.sum() // 64)
+    alone = make_plan(counts, planner="exact")
+    waits = [count_waiting(each, counts, 8, Prices()) for each in (plan, alone)]
+    assert waits[0] <= most * waits[1]
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_exact_rarely_falls_back_to_one_node(nodes):
+    """With a slot for each native expert, and uneven routing, other for each node."""
+    fell_back = 0
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        weights = rng.lognormal(0, 2, (nodes, 32))
+        counts = rng.poisson(40 * weights.repeat(8 // nodes, axis=0))
+        plan = plan_nodes(counts, 8 // nodes, Prices(weights=30, gradients=60), "exact")
+        plan.validate(counts, 4)
+        assert plan.load_per_rank_after.max() == -(-counts.sum() // 8)
+        fell_back += np.array_equal(plan.quota, make_plan(counts, planner="exact").quota)
+    assert fell_back <= 2
