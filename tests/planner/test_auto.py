@@ -10,7 +10,8 @@ from planner_routings import KINDS, REPRODUCIBLE, make_counts
 
 from megatron_llep.planner import make_plan
 from megatron_llep.planner.auto import TOLERANCES
-from megatron_llep.planner.cost.model import LayerCost, LayerShape, Link
+from megatron_llep.planner.cost.link import Link
+from megatron_llep.planner.cost.model import LayerCost, LayerShape
 from megatron_llep.planner.cost.presets import PRESETS
 from megatron_llep.planner.topology import ONE_NODE, Topology
 

@@ -11,7 +11,8 @@ from megatron_llep.offline.calibration.fit import (
     fit_link,
     predict_transfer,
 )
-from megatron_llep.planner.cost.model import CostModel, Link
+from megatron_llep.planner.cost.link import Link
+from megatron_llep.planner.cost.model import CostModel
 
 
 @dataclass(frozen=True, kw_only=True)

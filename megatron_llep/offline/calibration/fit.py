@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_llep.planner.cost.model import Link
+from megatron_llep.planner.cost.link import Link
 
 
 @dataclass(frozen=True, kw_only=True)

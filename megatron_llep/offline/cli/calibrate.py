@@ -6,7 +6,8 @@ from pathlib import Path
 from megatron_llep.offline.calibration.build import build_cost_model
 from megatron_llep.offline.calibration.planning import time_planning
 from megatron_llep.offline.report.table import format_table
-from megatron_llep.planner.cost.model import CostModel, Link
+from megatron_llep.planner.cost.link import Link
+from megatron_llep.planner.cost.model import CostModel
 from megatron_llep.planner.cost.presets import PRESETS, get_cost_model
 
 

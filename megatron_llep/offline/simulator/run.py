@@ -24,7 +24,8 @@ from megatron_llep.offline.simulator.eplb import place_replicas, spread_evenly
 from megatron_llep.offline.simulator.models import ModelShape
 from megatron_llep.planner import Plan, make_plan, plan_from_quota
 from megatron_llep.planner.cost.across import NodeBytes, count_node_bytes
-from megatron_llep.planner.cost.model import EXCHANGES, CostModel, LayerCost, LayerTime
+from megatron_llep.planner.cost.layer_time import LayerTime
+from megatron_llep.planner.cost.model import EXCHANGES, CostModel, LayerCost
 from megatron_llep.planner.cost.traffic import count_tokens
 from megatron_llep.planner.topology import Topology
 

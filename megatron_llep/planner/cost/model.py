@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_llep.lending.fan_out import SCATTER_FROM
+from megatron_llep.planner.cost.layer_time import LayerTime
+from megatron_llep.planner.cost.link import Link
 from megatron_llep.planner.cost.picoseconds import (
     PER_SECOND,
     all_to_picoseconds,
@@ -110,41 +112,6 @@ class LayerShape:
     def flops_per_token(self) -> int:
         """FLOPs of one pair, forward."""
         return 2 * self.expert_weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """What one rank has to others, each way."""
-
-    latency_seconds: float
-    """Before the first byte of a transfer."""
-    bytes_per_second: float
-    """In one direction, the other being in use too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerTime:
-    """Predicted seconds of one layer by what they are spent on."""
-
-    compute: float
-    exchange: float
-    """Tokens and their gradients, four exchanges; two forward only."""
-    lending: float
-    """Weights of lent experts, what is not hidden."""
-    returning: float
-    """Gradients of lent experts, what is not hidden."""
-    planning: float
-    """Work on the host that plain expert parallelism does not have."""
-
-    @property
-    def total(self) -> float:
-        """The layer's seconds."""
-        return self.compute + self.exchange + self.lending + self.returning + self.planning
-
-    @property
-    def nanoseconds(self) -> int:
-        """The same, whole, for comparisons that must come out alike on every CPU."""
-        return round(self.total * 10**9)
 
 
 @dataclass(frozen=True, kw_only=True)

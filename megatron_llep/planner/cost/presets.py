@@ -7,7 +7,8 @@ latencies of 10 and 20 microseconds, a kernel's start of 10, planning of 0.3 ms;
 at once use both directions of a link in full.
 """
 
-from megatron_llep.planner.cost.model import CostModel, Link
+from megatron_llep.planner.cost.link import Link
+from megatron_llep.planner.cost.model import CostModel
 
 _TFLOPS = 1e12
 _GB = 1e9

@@ -11,7 +11,8 @@ import pytest
 from megatron_llep.offline.cli.routing import workload_counts
 from megatron_llep.offline.simulator import MODELS, Case, ModelShape, simulate
 from megatron_llep.planner import PLANNERS
-from megatron_llep.planner.cost.model import CostModel, LayerShape, Link
+from megatron_llep.planner.cost.link import Link
+from megatron_llep.planner.cost.model import CostModel, LayerShape
 from megatron_llep.planner.cost.presets import get_cost_model
 from megatron_llep.planner.topology import Topology
 

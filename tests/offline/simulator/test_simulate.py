@@ -9,7 +9,8 @@ import pytest
 from megatron_llep.offline.simulator import METHODS, MODELS, Case, ModelShape, get_model, simulate
 from megatron_llep.offline.simulator.layers import count_attention_weights, count_layers
 from megatron_llep.offline.workloads import make_counts
-from megatron_llep.planner.cost.model import EXCHANGES, CostModel, LayerShape, Link
+from megatron_llep.planner.cost.link import Link
+from megatron_llep.planner.cost.model import EXCHANGES, CostModel, LayerShape
 from megatron_llep.planner.cost.presets import get_cost_model
 from megatron_llep.planner.topology import Topology
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llep.planner import make_plan, receives, sends
-from megatron_llep.planner.cost.model import EXCHANGES, CostModel, LayerShape, Link
+from megatron_llep.planner.cost.link import Link
+from megatron_llep.planner.cost.model import EXCHANGES, CostModel, LayerShape
 from megatron_llep.planner.cost.presets import PRESETS, get_cost_model
 from megatron_llep.planner.cost.traffic import count_lending, count_tokens
 from megatron_llep.planner.plan import plan_from_quota

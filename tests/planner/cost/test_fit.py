@@ -12,7 +12,7 @@ from megatron_llep.offline.calibration.fit import (
     fit_link,
     fit_not_negative,
 )
-from megatron_llep.planner.cost.model import Link
+from megatron_llep.planner.cost.link import Link
 
 
 def time_expert(tokens: int, flops_per_token: int, noise: float = 1.0) -> ExpertTiming:
