@@ -9,7 +9,8 @@ backward), so each counts with its slowest rank, and they add up:
 - compute: a GEMM of n tokens runs at the rate R * n / (n + h), where h (half_rate_tokens) is the
   number at which half the rate R is reached. So n tokens of an expert take F * (n + h) / R, F their
   FLOPs a token, and every slot in use costs h tokens and a fixed overhead more.
-- exchange: pairs are copied into order at both ends, and those of other ranks cross the links.
+- exchange: pairs are copied into order at both ends, and those of other ranks cross the links, by
+  the law in `link`.
 - lending and return: experts, and their gradients, are copied at both ends and cross the same links
   beside a token exchange; in two exchanges, one after the other, if some go in shards. Running them
   at once with tokens saves time where one uses what the other leaves free, such as the other
@@ -31,7 +32,7 @@ import numpy as np
 
 from megatron_llep.lending.fan_out import SCATTER_FROM
 from megatron_llep.planner.cost.layer_time import LayerTime
-from megatron_llep.planner.cost.link import Link
+from megatron_llep.planner.cost.link import Link, join_ways, time_links, time_starts
 from megatron_llep.planner.cost.picoseconds import (
     PER_SECOND,
     all_to_picoseconds,
@@ -149,12 +150,15 @@ class CostModel:
         for name in ("intra_node", "inter_node"):
             numbers |= {f"{name}.{k}": v for k, v in vars(getattr(self, name)).items()}
         for name, value in numbers.items():
-            zero_allowed = name in not_negative or name.endswith("latency_seconds")
+            zero_allowed = name in not_negative or name.endswith(
+                ("latency_seconds", "burst_bytes", "burst_cost", "opposite_cost")
+            )
             if not (math.isfinite(value) and (value > 0 or (value == 0 and zero_allowed))):
                 limit = "0 or more" if zero_allowed else "above 0"
                 raise ValueError(f"cost model: {name}={value} must be finite and {limit}")
-        if self.overlap > 1:
-            raise ValueError(f"cost model: overlap={self.overlap} must lie in 0 .. 1")
+        for name, value in numbers.items():
+            if name.endswith(("overlap", "burst_cost", "opposite_cost")) and value > 1:
+                raise ValueError(f"cost model: {name}={value} must lie in 0 .. 1")
 
     def predict_layer(
         self,
@@ -180,11 +184,11 @@ class CostModel:
         if forward_only:
             passes, exchanges = 1, EXCHANGES // 2
         pairs = count_tokens(plan, counts, topology, order)
-        tokens = self._time_links(pairs, shape.token_bytes)
+        tokens = time_links(self._links, pairs, shape.token_bytes)
         load = plan.load_per_rank_after
         copied = self._time_copies(counts.sum(axis=1) + load, shape.token_bytes)
-        exchange = int((copied + tokens.max(axis=(0, 1))).max())
-        exchange += self._time_starts(pairs > 0)
+        exchange = int((copied + join_ways(self._links, tokens)).max())
+        exchange += time_starts(self._links, pairs > 0)
         lending = returning = planning = 0
         if not plan.is_fallback:
             traffic = count_lending(plan, shape.expert_weights, shape.scatter_from, topology)
@@ -212,6 +216,10 @@ class CostModel:
         seconds_per_token = shape.flops_per_token / self.flops_per_second
         return crossing / link.bytes_per_second / (seconds_per_token * (1 + self.backward_factor))
 
+    @property
+    def _links(self) -> tuple[Link, Link]:
+        return self.intra_node, self.inter_node
+
     def _time_compute(self, load: np.ndarray, slots: np.ndarray, shape: LayerShape) -> int:
         """Picoseconds of the experts' GEMMs on the slowest rank, forward.
 
@@ -226,23 +234,9 @@ class CostModel:
         forward += all_to_picoseconds(slots * per_slot)
         return int(forward.max())
 
-    def _time_links(self, things: np.ndarray, size: float) -> np.ndarray:
-        """[L, 2, P] picoseconds that each link is busy with so many things of `size` bytes."""
-        links = (self.intra_node, self.inter_node)[: len(things)]
-        rates = np.array([size / link.bytes_per_second for link in links])
-        return all_to_picoseconds(things * rates[:, None, None])
-
     def _time_copies(self, things: np.ndarray, size: float) -> np.ndarray:
         """[P] picoseconds to copy things [P] of `size` bytes at one end of an exchange."""
         return all_to_picoseconds(things * (size / self.copy_bytes_per_second))
-
-    def _time_starts(self, things: np.ndarray) -> int:
-        """Latency of things [L, 2, P], which a rank starts one after another; the most."""
-        links = (self.intra_node, self.inter_node)[: len(things)]
-        most = things.reshape(len(things), -1).max(axis=1).tolist()
-        return max(
-            to_picoseconds(n * link.latency_seconds) for n, link in zip(most, links, strict=True)
-        )
 
     def _time_transfers(
         self, traffic: tuple[LinkLoad, ...], size: float, tokens: np.ndarray
@@ -251,14 +245,15 @@ class CostModel:
 
         What may be hidden: they go while tokens keep links busy for `tokens` [L, 2, P] picoseconds.
         """
-        busy = [self._time_links(each.numbers, size) for each in traffic]
+        busy = [time_links(self._links, each.numbers, size) for each in traffic]
         crossing = sum(int(each.max()) for each in busy)
         together = max(crossing, int((sum(busy) + tokens).max()))
         saved = crossing + int(tokens.max()) - together
-        time = crossing - round(self.overlap * saved)
+        time = sum(int(join_ways(self._links, each).max()) for each in busy)
+        time -= round(self.overlap * saved)
         for each in traffic:
             copied = self._time_copies(each.numbers.sum(axis=(0, 1)), size)
-            time += self._time_starts(each.messages) + int(copied.max())
+            time += time_starts(self._links, each.messages) + int(copied.max())
         return time
 
     def digest(self) -> str:
