@@ -36,6 +36,7 @@ def build_cost_model(
     machine: str,
     experts: Sequence[ExpertTiming],
     transfers: Sequence[TransferTiming],
+    uneven: Sequence[TransferTiming] = (),
     copy_bytes_per_second: float,
     overlap: float,
     planning_seconds: float,
@@ -47,7 +48,8 @@ def build_cost_model(
     Args:
         machine: in words.
         experts: per size of expert, by growing tokens.
-        transfers: by growing bytes; empty if `intra_node` is given.
+        transfers: by growing bytes, of each kind; empty if `intra_node` is given.
+        uneven: exchanges that nothing is fitted to; not looked at if `intra_node` is given.
         copy_bytes_per_second: as in the cost model; so are `overlap` and `planning_seconds`.
         overlap: see above.
         planning_seconds: see above.
@@ -69,8 +71,10 @@ def build_cost_model(
     if intra_node is None:
         used, unused = _split(transfers)
         intra_node = link = fit_link(used)
-        predicted = [predict_transfer(link, t.num_bytes) for t in unused]
-        checks.append(_check("transfers", predicted, [t.seconds for t in unused]))
+        for what, timings in (("transfers", unused), ("uneven exchanges", uneven)):
+            if timings:
+                predicted = [predict_transfer(link, t) for t in timings]
+                checks.append(_check(what, predicted, [t.seconds for t in timings]))
     model = CostModel(
         machine=machine,
         flops_per_second=expert.flops_per_second,

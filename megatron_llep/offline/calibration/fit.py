@@ -2,6 +2,8 @@
 
 Every law is linear in its unknowns and none of them may be negative. Errors are relative, so that
 small sizes count as much as large ones.
+
+Shape letters: P ranks, n timings.
 """
 
 import itertools
@@ -11,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_llep.planner.cost.link import Link
+from megatron_llep.planner.cost.picoseconds import PER_SECOND
+
+_OPPOSITE_COSTS = tuple((np.arange(21) / 20).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +29,25 @@ class ExpertTiming:
     backward_seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TransferTiming:
-    """One exchange in which a rank sends, and receives, so many bytes."""
+    """One all-to-all."""
 
-    num_bytes: int
+    sent: np.ndarray
+    """[P, P] bytes from each rank to each."""
     seconds: float
+
+    @property
+    def ways(self) -> np.ndarray:
+        """[2, P] bytes that each rank sends, and receives, without what stays."""
+        moved = self.sent * ~np.eye(len(self.sent), dtype=bool)
+        return np.stack([moved.sum(axis=1), moved.sum(axis=0)])
+
+    @property
+    def busiest(self) -> tuple[int, int]:
+        """Bytes of the busiest rank: the way with more, the way with less."""
+        ranks = zip(self.ways.max(axis=0).tolist(), self.ways.min(axis=0).tolist(), strict=True)
+        return max(ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +89,60 @@ def fit_expert(timings: Sequence[ExpertTiming]) -> ExpertFit:
 
 
 def fit_link(timings: Sequence[TransferTiming]) -> Link:
-    """Fit seconds = latency + bytes / rate.
+    """Fit a link: latency, rate, burst up to one of the timed sizes, cost of the other way.
+
+    The law is linear in the others once the burst's size and the other way's cost are chosen: all
+    are tried.
 
     Raises:
-        ValueError: fewer than two timings.
+        ValueError: fewer than two timings, or time does not grow with the bytes.
     """
     if len(timings) < 2:
         raise ValueError(f"{len(timings)} timings of transfers: at least 2 are needed")
-    size = np.array([t.num_bytes for t in timings], dtype=float)
-    columns = np.stack([size, np.ones_like(size)], axis=1)
-    per_byte, latency = fit_not_negative(columns, np.array([t.seconds for t in timings]))
-    return Link(latency_seconds=latency, bytes_per_second=1 / per_byte)
+    seconds = np.array([t.seconds for t in timings])
+    ways = np.array([t.busiest for t in timings], dtype=float)  # [n, 2]
+    sizes = np.unique(ways[:, 0]).tolist()
+    # On either side of where the rate changes there must be sizes enough to tell it.
+    bursts = [0.0, *sizes[2:-2]]
+    # Without exchanges that differ in it, nothing tells what the other way costs.
+    costs = _OPPOSITE_COSTS if len(np.unique(ways[:, 1] / ways[:, 0])) > 1 else (0.0,)
+    found: list[tuple[float, int, Link]] = []
+    for burst, cost in itertools.product(bursts, costs):
+        try:
+            link = _fit_rates(ways, seconds, burst, cost)
+        except ValueError:  # behind this burst time does not grow
+            if not burst:
+                raise
+            continue
+        if link.burst_cost > 1:  # noise: first bytes that take longer are latency
+            continue
+        predicted = [predict_transfer(link, t) for t in timings]
+        found.append((float(np.square(predicted / seconds - 1).sum()), len(found), link))
+    return min(found)[-1]
 
 
-def predict_transfer(link: Link, num_bytes: int) -> float:
-    """Seconds of one exchange."""
-    return link.latency_seconds + num_bytes / link.bytes_per_second
+def _fit_rates(
+    ways: np.ndarray, seconds: np.ndarray, burst_bytes: float, opposite_cost: float
+) -> Link:
+    """Fit a link of which these two numbers are known."""
+    costs = np.array([1.0, opposite_cost])
+    columns = [np.maximum(ways - burst_bytes, 0.0) @ costs, np.ones_like(seconds)]
+    if burst_bytes:
+        columns.append(np.minimum(ways, burst_bytes) @ costs)
+    per_byte, latency, *per_burst = fit_not_negative(np.stack(columns, axis=1), seconds)
+    return Link(
+        latency_seconds=latency,
+        bytes_per_second=1 / per_byte,
+        burst_bytes=burst_bytes,
+        burst_cost=per_burst[0] / per_byte if per_burst else 1.0,
+        opposite_cost=opposite_cost,
+    )
+
+
+def predict_transfer(link: Link, timing: TransferTiming) -> float:
+    """Seconds of one exchange, as a layer's tokens are predicted."""
+    times = link.join_ways(link.time_bytes(timing.ways, 1))
+    return link.latency_seconds + int(times.max()) / PER_SECOND
 
 
 def fit_not_negative(columns: np.ndarray, seconds: np.ndarray) -> list[float]:
@@ -95,8 +151,8 @@ def fit_not_negative(columns: np.ndarray, seconds: np.ndarray) -> list[float]:
     With so few unknowns the best set of those that are not zero is found by trying all.
 
     Args:
-        columns: [timings, unknowns].
-        seconds: [timings], positive.
+        columns: [n, unknowns].
+        seconds: [n], positive.
 
     Raises:
         ValueError: nothing fits: time does not grow with the first column.

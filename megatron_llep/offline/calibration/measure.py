@@ -3,13 +3,12 @@
 Shape letters: n tokens, h hidden size, f inner size of an expert.
 
 On CPUs two processes, each with one thread on a core of its own, talk over gloo; where GPUs are,
-one or two, over NCCL. Every figure is the median of repeats on the slowest rank.
+one or two, over NCCL. Where more ranks share a machine's cores, as many are to be measured. Every
+figure is of the slowest rank: the median of repeats, of exchanges the lower quartile.
 """
 
 import itertools
 import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_llep.offline.calibration.clock import Clock
+from megatron_llep.offline.calibration.exchanges import (
+    find_overlap,
+    list_regular,
+    list_uneven,
+    time_exchanges,
+)
 from megatron_llep.offline.calibration.fit import ExpertTiming, TransferTiming
 from megatron_llep.offline.ranks import run_ranks
 
@@ -36,18 +42,20 @@ class Sizes:
     transfer_bytes: tuple[int, ...]
     """Likewise."""
     repeats: int = 7
+    transfer_repeats: int = 31
+    """Rounds through all sizes of transfers, which are more easily disturbed."""
     dtype: torch.dtype = torch.float32
 
 
 CPU_SIZES = Sizes(
     experts=((256, 512), (512, 1024)),
     tokens=(16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
-    transfer_bytes=tuple(2**k for k in range(14, 25)),
+    transfer_bytes=tuple(round(2 ** (k / 2)) for k in range(28, 49)),
 )
 GPU_SIZES = Sizes(
     experts=((2048, 1408), (4096, 2048)),
     tokens=(16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
-    transfer_bytes=tuple(2**k for k in range(16, 28)),
+    transfer_bytes=tuple(round(2 ** (k / 2)) for k in range(32, 55)),
     repeats=20,
     dtype=torch.bfloat16,
 )
@@ -64,6 +72,7 @@ def choose_sizes(sizes: Sizes, *, expert: tuple[int, int] | None, quick: bool) -
         tokens=sizes.tokens[:6],
         transfer_bytes=sizes.transfer_bytes[:6],
         repeats=3,
+        transfer_repeats=5,
     )
 
 
@@ -74,22 +83,31 @@ class Measurements:
     experts: list[ExpertTiming]
     copy_bytes_per_second: float
     transfers: list[TransferTiming]
-    """Both ways at once; empty with one rank."""
+    """To fit a link to: of each kind by growing bytes; empty with one rank."""
+    uneven: list[TransferTiming]
+    """To check it on; empty with one rank."""
     overlap: float
     """See CostModel; 0 with one rank."""
 
 
-def measure(sizes: Sizes, report: Callable[[str], None]) -> Measurements:
+def measure(
+    sizes: Sizes, report: Callable[[str], None], *, ranks: int | None = None
+) -> Measurements:
     """Start the processes, measure, and end them.
 
     Args:
         sizes: what to measure.
         report: told what is measured now.
+        ranks: how many processes; default: two, one on one GPU.
 
     Raises:
         ProcessRaisedException: a process failed.
+        ValueError: more ranks than GPUs.
     """
-    world = min(torch.cuda.device_count(), 2) if torch.cuda.is_available() else 2
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
+    world = ranks or (2 if gpus is None else min(gpus, 2))
+    if gpus is not None and world > gpus:
+        raise ValueError(f"--ranks {world}: each needs a GPU, and here are {gpus}; give fewer")
     report(f"experts, copies and transfers in {world} processes")
     return run_ranks(_measure_rank, world, world, sizes)[0]
 
@@ -102,7 +120,10 @@ def _measure_rank(rank: int, store: Path, world: int, sizes: Sizes) -> Measureme
         rank=rank,
         world_size=world,
     )
-    clock = _Clock(device, sizes.repeats)
+    clock = Clock(device, sizes.repeats)
+    regular = list_regular(world, sizes.transfer_bytes)
+    uneven = list_uneven(world, sizes.transfer_bytes)
+    exchanges = time_exchanges(clock, [*regular, *uneven], sizes.transfer_repeats)
     found = Measurements(
         experts=[
             _time_expert(clock, n, experts)
@@ -112,8 +133,9 @@ def _measure_rank(rank: int, store: Path, world: int, sizes: Sizes) -> Measureme
             for n in sizes.tokens
         ],
         copy_bytes_per_second=_time_copy(clock, sizes),
-        transfers=[_time_exchange(clock, size) for size in sizes.transfer_bytes if world > 1],
-        overlap=_find_overlap(clock, sizes.transfer_bytes[-1]) if world > 1 else 0.0,
+        transfers=exchanges[: len(regular)],
+        uneven=exchanges[len(regular) :],
+        overlap=find_overlap(clock, sizes.transfer_bytes[-1]) if world > 1 else 0.0,
     )
     dist.destroy_process_group()
     return found
@@ -130,34 +152,6 @@ def _take_device(rank: int) -> torch.device:
     if os.uname().sysname == "Linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return torch.device("cpu")
-
-
-class _Clock:
-    """Times work that all ranks do at once."""
-
-    def __init__(self, device: torch.device, repeats: int):
-        self.device = device
-        self.repeats = repeats
-
-    def time(self, *steps: Callable[[], object]) -> list[float]:
-        """Median seconds of each step, run one after another, on the slowest rank."""
-        seconds: list[list[float]] = [[] for _ in steps]
-        for repeat in range(1 + self.repeats):
-            dist.barrier()
-            for taken, step in zip(seconds, steps, strict=True):
-                self._wait()
-                start = time.perf_counter()
-                step()
-                self._wait()
-                if repeat:  # the first one warms up
-                    taken.append(time.perf_counter() - start)
-        worst = torch.tensor([statistics.median(taken) for taken in seconds], device=self.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        return worst.tolist()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +182,7 @@ def _make_experts(device: torch.device, h: int, f: int, dtype: torch.dtype) -> l
     return [first, *(_Expert.make(device, h, f, dtype) for _ in range(others))]
 
 
-def _time_expert(clock: _Clock, n: int, experts: list[_Expert]) -> ExpertTiming:
+def _time_expert(clock: Clock, n: int, experts: list[_Expert]) -> ExpertTiming:
     """One after another of like experts, as one computes n tokens, with its weights' gradients."""
     first = experts[0].fc2.weight
     h, f = first.shape
@@ -215,7 +209,7 @@ def _time_expert(clock: _Clock, n: int, experts: list[_Expert]) -> ExpertTiming:
     )
 
 
-def _time_copy(clock: _Clock, sizes: Sizes) -> float:
+def _time_copy(clock: Clock, sizes: Sizes) -> float:
     """Bytes a second of bringing tokens into order, there and back."""
     h, n = sizes.experts[-1][0], sizes.tokens[-1]
     tokens = torch.randn(n, h, device=clock.device, dtype=sizes.dtype)
@@ -225,58 +219,3 @@ def _time_copy(clock: _Clock, sizes: Sizes) -> float:
         lambda: tokens.index_select(0, order), lambda: result.index_add_(0, order, tokens)
     )
     return 2 * tokens.nbytes / (gather + scatter)
-
-
-def _time_exchange(clock: _Clock, num_bytes: int) -> TransferTiming:
-    """Both ranks send as much as they receive."""
-    exchange = _Exchange(clock.device, sends=num_bytes, receives=num_bytes)
-    (seconds,) = clock.time(lambda: exchange.start().wait())
-    return TransferTiming(num_bytes=num_bytes, seconds=seconds)
-
-
-def _find_overlap(clock: _Clock, num_bytes: int) -> float:
-    """Send one way and the other way at the same time, on groups of their own."""
-    first = dist.get_rank() == 0
-    one, other = (
-        _Exchange(
-            clock.device,
-            sends=num_bytes if sends else 0,
-            receives=0 if sends else num_bytes,
-            group=dist.new_group(),
-        )
-        for sends in (first, not first)
-    )
-
-    def both() -> None:
-        for work in [one.start(), other.start()]:
-            work.wait()
-
-    alone, alone_too, together = clock.time(
-        lambda: one.start().wait(), lambda: other.start().wait(), both
-    )
-    best = max(alone, alone_too)
-    return min(max((alone + alone_too - together) / (alone + alone_too - best), 0.0), 1.0)
-
-
-class _Exchange:
-    """Bytes to and from the other of two ranks."""
-
-    def __init__(self, device: torch.device, *, sends: int, receives: int, group=None):
-        self._outgoing = torch.zeros(sends, dtype=torch.uint8, device=device)
-        self._incoming = torch.empty(receives, dtype=torch.uint8, device=device)
-        other = 1 - dist.get_rank()
-        self._sends = [sends * (rank == other) for rank in (0, 1)]
-        self._receives = [receives * (rank == other) for rank in (0, 1)]
-        self._group = group
-
-    def start(self) -> dist.Work:
-        work = dist.all_to_all_single(
-            self._incoming,
-            self._outgoing,
-            self._receives,
-            self._sends,
-            group=self._group,
-            async_op=True,
-        )
-        assert work is not None
-        return work

@@ -14,15 +14,22 @@ from megatron_llep.planner.cost.presets import PRESETS, get_cost_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.description = (
-        "Measure experts, copies and transfers on this machine (two processes; on CPUs one core "
-        "each, over gloo; on GPUs over NCCL), fit the cost model, check it on measurements it was "
-        "not fitted to, and save it. Takes less than a minute; let nothing else run."
+        "Measure experts, copies and transfers on this machine (in two processes unless told; on "
+        "CPUs one core each, over gloo; on GPUs over NCCL), fit the cost model, check it on "
+        "measurements it was not fitted to, and save it. Takes less than a minute; let nothing "
+        "else run."
     )
     parser.add_argument("--output", type=Path, default=Path("cost_model.json"))
     parser.add_argument(
         "--hidden", type=int, help="hidden size of your model; default: two sizes of experts"
     )
     parser.add_argument("--ffn-hidden", type=int, help="inner size of your experts; with --hidden")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="processes that measure together; on CPUs as many as will share the cores, on GPUs "
+        "one each (default: 2, or 1 with one GPU)",
+    )
     parser.add_argument(
         "--inter-node-bandwidth",
         type=float,
@@ -70,6 +77,8 @@ def calibrate(args: argparse.Namespace) -> tuple[CostModel, list[str]]:
     )
     from megatron_llep.offline.machine import describe_machine
 
+    if args.ranks is not None and args.ranks < 2:
+        raise ValueError(f"--ranks {args.ranks}: transfers need two ranks; give 2 or more")
     if (args.hidden is None) != (args.ffn_hidden is None):
         raise ValueError("--hidden and --ffn-hidden go together: give both or none")
     links = get_cost_model(args.links) if args.links else None
@@ -86,7 +95,11 @@ def calibrate(args: argparse.Namespace) -> tuple[CostModel, list[str]]:
         expert=(args.hidden, args.ffn_hidden) if args.hidden else None,
         quick=args.quick,
     )
-    found = measure(sizes, report=lambda what: print(f"measuring {what} ...", flush=True))
+    found = measure(
+        sizes,
+        report=lambda what: print(f"measuring {what} ...", flush=True),
+        ranks=args.ranks,
+    )
     machine = describe_machine()
     if links:
         machine += f"; links: {links.machine}"
@@ -94,6 +107,7 @@ def calibrate(args: argparse.Namespace) -> tuple[CostModel, list[str]]:
         machine=machine,
         experts=found.experts,
         transfers=found.transfers,
+        uneven=found.uneven,
         copy_bytes_per_second=found.copy_bytes_per_second,
         overlap=links.overlap if links else found.overlap,
         planning_seconds=time_planning(),
@@ -121,4 +135,11 @@ def describe_model(model: CostModel) -> str:
 
 
 def _describe_link(link: Link) -> str:
-    return f"{link.bytes_per_second / 1e9:.3g} GB/s, latency {link.latency_seconds * 1e6:.3g} us"
+    words = f"{link.bytes_per_second / 1e9:.3g} GB/s, latency {link.latency_seconds * 1e6:.3g} us"
+    if link.burst_bytes:
+        words += (
+            f"; the first {link.burst_bytes / 2**20:.3g} MiB at {link.burst_cost:.2g} of the time"
+        )
+    if link.opposite_cost:
+        words += f"; the other way costs {link.opposite_cost:.0%} more"
+    return words

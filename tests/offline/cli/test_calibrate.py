@@ -17,6 +17,7 @@ def test_a_trial_run(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "prediction error, forward and backward of an expert: " in out
     assert "prediction error, transfers: " in out
+    assert "prediction error, uneven exchanges: " in out
     assert f"written to {path}" in out
     model = CostModel.load(path)
     assert 1e8 < model.flops_per_second < 1e13
@@ -34,9 +35,9 @@ def test_links_from_a_data_sheet(tmp_path, monkeypatch):
         for n in (1, 2, 4, 8)
     ]
     found = measure.Measurements(
-        experts=timings, copy_bytes_per_second=1.0, transfers=[], overlap=0.0
+        experts=timings, copy_bytes_per_second=1.0, transfers=[], uneven=[], overlap=0.0
     )
-    monkeypatch.setattr(measure, "measure", lambda sizes, report: found)
+    monkeypatch.setattr(measure, "measure", lambda sizes, report, ranks: found)
     path = tmp_path / "cost.json"
     assert main(["calibrate", "--links", "h100", "--output", str(path)]) == 0
     model = CostModel.load(path)
@@ -49,7 +50,11 @@ def test_links_from_a_data_sheet(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--hidden", "8"], "--ffn-hidden"), (["--links", "abacus"], "h100, h200")],
+    [
+        (["--hidden", "8"], "--ffn-hidden"),
+        (["--links", "abacus"], "h100, h200"),
+        (["--ranks", "1"], "--ranks 1"),
+    ],
 )
 def test_flags_that_make_no_sense(flags, message, capsys):
     assert main(["calibrate", *flags]) == 2
@@ -59,7 +64,7 @@ def test_flags_that_make_no_sense(flags, message, capsys):
 def test_one_gpu_has_nobody_to_talk_to(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    args = SimpleNamespace(hidden=None, ffn_hidden=None, links=None)
+    args = SimpleNamespace(hidden=None, ffn_hidden=None, links=None, ranks=None)
     with pytest.raises(ValueError, match="--links"):
         calibrate.calibrate(args)
 

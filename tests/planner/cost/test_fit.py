@@ -1,5 +1,7 @@
 """Calibration's arithmetic: it finds the numbers that made the timings, and says how far off."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from megatron_llep.offline.calibration.fit import (
     fit_expert,
     fit_link,
     fit_not_negative,
+    predict_transfer,
 )
 from megatron_llep.planner.cost.link import Link
 
@@ -27,9 +30,14 @@ def time_expert(tokens: int, flops_per_token: int, noise: float = 1.0) -> Expert
 
 
 EXPERTS = [time_expert(n, flops) for flops in (10**5, 10**6) for n in (8, 16, 64, 256, 1024)]
-TRANSFERS = [
-    TransferTiming(num_bytes=size, seconds=2e-4 + size / 1e9) for size in (10**3, 10**5, 10**6)
-]
+
+
+def time_transfer(seconds: float, sent: int, back: int) -> TransferTiming:
+    """Of two ranks."""
+    return TransferTiming(sent=np.array([[0, sent], [back, 0]]), seconds=seconds)
+
+
+TRANSFERS = [time_transfer(2e-4 + n / 1e9, n, n) for n in (10**3, 10**5, 10**6)]
 
 
 def test_the_expert_that_was_timed_is_found():
@@ -46,6 +54,40 @@ def test_the_link_that_was_timed_is_found():
     link = fit_link(TRANSFERS)
     assert link.latency_seconds == pytest.approx(2e-4)
     assert link.bytes_per_second == pytest.approx(1e9)
+    assert (link.burst_bytes, link.opposite_cost) == (0, 0)
+
+
+def test_the_burst_and_the_way_back_are_found():
+    made = Link(
+        latency_seconds=1e-4,
+        bytes_per_second=1e9,
+        burst_bytes=4e5,
+        burst_cost=0.25,
+        opposite_cost=0.6,
+    )
+    ways = [
+        (n * 10**5, round(n * back * 10**5)) for back in (0, 0.5, 1) for n in (1, 2, 4, 8, 16, 32)
+    ]
+    blank = [time_transfer(1.0, *numbers) for numbers in ways]
+    timings = [replace(timing, seconds=predict_transfer(made, timing)) for timing in blank]
+    link = fit_link(timings)
+    assert link.burst_bytes == made.burst_bytes
+    assert link.opposite_cost == made.opposite_cost
+    assert link.latency_seconds == pytest.approx(made.latency_seconds)
+    assert link.bytes_per_second == pytest.approx(made.bytes_per_second)
+    assert link.burst_cost == pytest.approx(made.burst_cost)
+    # A size between the timed ones, and another way back.
+    new = time_transfer(1.0, 200_000, 600_000)
+    by_hand = 1e-4 + (0.25 * 4e5 + 2e5 + 0.6 * 0.25 * 2e5) / 1e9
+    assert predict_transfer(link, new) == pytest.approx(by_hand)
+
+
+def test_no_burst_takes_longer_than_the_rest():
+    # Small ones slower than any rate says, as noise makes them.
+    sizes = [10**4, 2 * 10**4, 4 * 10**4, 10**5, 10**6, 10**7, 10**8]
+    link = fit_link([time_transfer(min(n / 1e8, 1e-3 + n / 1e9), n, n) for n in sizes])
+    assert link.burst_cost == 1
+    assert link.bytes_per_second > 0
 
 
 def test_no_number_is_negative():
