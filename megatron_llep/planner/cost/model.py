@@ -234,8 +234,12 @@ class CostModel:
         forward += all_to_picoseconds(slots * per_slot)
         return int(forward.max())
 
+    def _join(self, ways: np.ndarray) -> int:
+        """Picoseconds of an exchange whose ways keep links busy for so long, [L, 2, P]."""
+        return int(join_ways(self._links, ways).max())
+
     def _time_copies(self, things: np.ndarray, size: float) -> np.ndarray:
-        """[P] picoseconds to copy things [P] of `size` bytes at one end of an exchange."""
+        """Picoseconds to copy things [...] of `size` bytes at one end of an exchange."""
         return all_to_picoseconds(things * (size / self.copy_bytes_per_second))
 
     def _time_transfers(
@@ -246,14 +250,13 @@ class CostModel:
         What may be hidden: they go while tokens keep links busy for `tokens` [L, 2, P] picoseconds.
         """
         busy = [time_links(self._links, each.numbers, size) for each in traffic]
-        crossing = sum(int(each.max()) for each in busy)
-        together = max(crossing, int((sum(busy) + tokens).max()))
-        saved = crossing + int(tokens.max()) - together
-        time = sum(int(join_ways(self._links, each).max()) for each in busy)
-        time -= round(self.overlap * saved)
+        time = sum(self._join(each) for each in busy)
+        together = max(time, self._join(sum(busy) + tokens))
+        time -= round(self.overlap * (time + self._join(tokens) - together))
         for each in traffic:
-            copied = self._time_copies(each.numbers.sum(axis=(0, 1)), size)
-            time += time_starts(self._links, each.messages) + int(copied.max())
+            # Packed where they come from, then crossing, then unpacked.
+            packed, unpacked = self._time_copies(each.numbers.sum(axis=0), size).max(axis=1)
+            time += time_starts(self._links, each.messages) + int(packed) + int(unpacked)
         return time
 
     def digest(self) -> str:

@@ -154,7 +154,7 @@ def test_more_skew_is_more_gain_and_a_tighter_bound_is_less():
 def test_slow_links_between_nodes_are_lent_over_less():
     slow = replace(H200, inter_node=replace(H200.inter_node, bytes_per_second=1e8))
     cost = LayerCost(model=slow, shape=SHAPE)
-    sample = make_run(["lognormal-1"])
+    sample = make_run(["lognormal-2"])
     grid = make_settings(2, ranks_per_host=2)
     choice, scored = tune(sample, grid, TWO_NODES, cost)
     assert choice.best.setting.ranks_per_node is None, "they are found"

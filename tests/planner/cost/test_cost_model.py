@@ -54,9 +54,9 @@ def test_lending_by_hand():
     plan = plan_from_quota(quota)
     time = MODEL.predict_layer(plan, COUNTS, SHAPE, ONE_NODE)
     weights = 3 * 8 * 16
-    # Copied and sent once by rank 0; copied once by rank 1. Weights have 2 bytes, gradients 4.
-    assert time.lending == pytest.approx(2 * weights * (1 / 1e3 + 1 / 1e2) + 0.25)
-    assert time.returning == pytest.approx(4 * weights * (1 / 1e3 + 1 / 1e2) + 0.25)
+    # Copied and sent by rank 0, then copied by rank 1. Weights have 2 bytes, gradients 4.
+    assert time.lending == pytest.approx(2 * weights * (2 / 1e3 + 1 / 1e2) + 0.25)
+    assert time.returning == pytest.approx(4 * weights * (2 / 1e3 + 1 / 1e2) + 0.25)
     assert time.planning == 7.0
     # Rank 1 keeps its own 20, and receives 10 of rank 0's; it copies 20 out and 30 in, rank 0 70.
     assert time.exchange == pytest.approx(EXCHANGES * (70 * 16 / 1e3 + 10 * 16 / 1e2 + 0.25))
@@ -119,7 +119,7 @@ def test_other_nodes_are_slower():
     far = MODEL.predict_layer(plan, COUNTS, SHAPE, Topology(ranks_per_node=1))
     assert far.compute == near.compute
     assert far.exchange == pytest.approx(EXCHANGES * (70 * 16 / 1e3 + 10 * 16 / 1e1 + 1.0))
-    assert far.lending == pytest.approx(2 * 384 * (1 / 1e3 + 1 / 1e1) + 1.0)
+    assert far.lending == pytest.approx(2 * 384 * (2 / 1e3 + 1 / 1e1) + 1.0)
 
 
 @REPRODUCIBLE
