@@ -3,7 +3,7 @@
 The built-in ones are those that the LLEP paper measures; their files in configs/ name the sources.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,14 +143,9 @@ def model_of_recording(recording: "Recording") -> ModelShape:
         ValueError: it does not know the layers; names the way out.
     """
     info = recording.info
-    names = {field.name for field in fields(LayerShape)}
-    sizes = {name: value for name, value in info.model.items() if name in names}
-    try:
-        layer = LayerShape(**sizes | {"num_experts": info.num_experts, "top_k": info.top_k})
-    except TypeError as error:
-        raise ValueError(
-            f"{recording.folder} does not say how large its layers are ({error}): give --model"
-        ) from error
+    layer = info.shape
+    if layer is None:
+        raise ValueError(f"{recording.folder} does not say how large its layers are: give --model")
     return ModelShape(
         name=recording.folder.resolve().name,
         moe_layers=len(recording.layers),
