@@ -78,7 +78,7 @@ nodes: $(READY) ## two nodes with a slow link between them, on this machine, as 
 gpu-check: $(READY) ## on a machine with GPUs: right, and how fast: benchmarks/results/gpu_check.json
 	$(BIN)/python tools/gpu_check.py
 
-test: $(READY) ## the tests, under 20 minutes on 2 cores
+test: $(READY) ## the tests, some 20 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE)
 
 test-long: $(READY) ## the slow tests
