@@ -20,7 +20,10 @@ from megatron_llep.planner.loops.node_links import (
 
 
 class Nodes(NamedTuple):
-    """Who computes what, and what follows from it. int64."""
+    """Who computes what, and what follows from it. int64.
+
+    Hot loops take the arrays into locals first: numba counts a reference at each use of a field.
+    """
 
     tokens: np.ndarray
     """[N, E] pairs of each node for each expert."""
