@@ -1,7 +1,9 @@
 """All tests run on the CPU, also where GPUs are, unless pytest is run with ``-m gpu``."""
 
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,13 @@ def compile_once() -> None:
     from megatron_llep.planner import compile_planners
 
     compile_planners()
+
+
+@pytest.fixture(autouse=True)
+def leave_no_global_arguments() -> Iterator[None]:
+    """Files share a process in any order: Megatron's global arguments would reach forked ranks."""
+    yield
+    found = sys.modules.get("megatron.training.global_vars")
+    if found is not None and found._GLOBAL_ARGS is not None:
+        found.unset_global_variables()
+        pytest.fail("Megatron's global arguments are still set: unset them where they were set")

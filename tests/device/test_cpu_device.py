@@ -258,23 +258,21 @@ def test_free_memory_is_the_machines():
 
 def test_megatron_training_starts_without_cuda():
     def prepare(rank, world_size):
-        from megatron.core.datasets.utils import compile_helpers
         from megatron.training import training
 
         from megatron_llep.device import prepare_megatron_training
 
         prepare_megatron_training()
         prepare_megatron_training()
-        from megatron.core.datasets.utils import compile_helpers as replaced
+        from megatron.core.datasets.utils import compile_helpers
 
-        replaced()
+        compile_helpers()  # Megatron's own ends the process, as a wheel has nothing to compile.
         first = training.initialize_megatron
-        return first.keywords, hasattr(first.func, "keywords"), replaced is compile_helpers
+        return first.keywords, hasattr(first.func, "keywords")
 
-    keywords, is_nested, is_same = run_ranks(prepare, 1)[0]
+    keywords, is_nested = run_ranks(prepare, 1)[0]
     assert keywords == {"allow_no_cuda": True}
     assert not is_nested
-    assert not is_same
 
 
 def test_a_block_on_another_device_makes_tensors_there():

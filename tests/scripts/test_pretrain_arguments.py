@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch.distributed as dist
-from megatron.training import global_vars
 from megatron.training.arguments import parse_args
 from script_runs import tiny_flags
 
@@ -23,7 +22,7 @@ DATA = ["--mock-data"]
 
 
 @pytest.fixture
-def use_command_line(monkeypatch):
+def use_command_line(monkeypatch, unset_arguments):
     def use(flags):
         # What the script adds where no GPU is.
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags, "--transformer-impl", "local"])
@@ -182,11 +181,8 @@ def test_planning_is_taken_out_of_published_graphs(use_command_line):
         graphs = ["--cuda-graph-impl", "transformer_engine", flag, *modules, "--no-rope-fusion"]
         use_command_line(tiny_flags(*DATA, *graphs))
         check_as_given(parse_args(add_llep_arguments))
-    try:
-        args, llep = read_arguments(lambda parser: parser, check_pretraining)
-        build_model_config(args, llep, Progress())
-    finally:
-        global_vars.unset_global_variables()
+    args, llep = read_arguments(lambda parser: parser, check_pretraining)
+    build_model_config(args, llep, Progress())
     assert [module.name for module in args.cuda_graph_modules] == ["attn", "moe_router"]
 
 
@@ -196,11 +192,8 @@ def test_graphs_of_planning_alone_are_not_captured(use_command_line):
     graphs += ["--cuda-graph-modules", "moe_router", "moe_preprocess"]
     recompute = ["--recompute-granularity", "selective", "--recompute-modules", "layernorm"]
     use_command_line(tiny_flags(*DATA, *graphs, *recompute, "--no-rope-fusion"))
-    try:
-        args, llep = read_arguments(lambda parser: parser, check_pretraining)
-        config = build_model_config(args, llep, Progress()).transformer
-    finally:
-        global_vars.unset_global_variables()
+    args, llep = read_arguments(lambda parser: parser, check_pretraining)
+    config = build_model_config(args, llep, Progress()).transformer
     for each in (args, config):
         assert (each.cuda_graph_impl, each.cuda_graph_modules) == ("none", [])
 
@@ -224,12 +217,9 @@ LATENT = ["--multi-latent-attention", "--kv-lora-rank", "9", "--qk-pos-emb-head-
 def test_latent_attention_that_cannot_be_cut_is_refused(use_command_line):
     cut = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     use_command_line(tiny_flags(*DATA, *LATENT, *cut, "--no-rope-fusion", without=GROUPED))
-    try:
-        args, llep = read_arguments(lambda parser: parser, check_pretraining)
-        with pytest.raises(ValueError, match=r"^--tensor-model-parallel-size 2: .*together 13"):
-            build_model_config(args, llep, Progress())
-    finally:
-        global_vars.unset_global_variables()
+    args, llep = read_arguments(lambda parser: parser, check_pretraining)
+    with pytest.raises(ValueError, match=r"^--tensor-model-parallel-size 2: .*together 13"):
+        build_model_config(args, llep, Progress())
     assert not dist.is_initialized()
 
 
@@ -238,11 +228,8 @@ def test_what_llep_replaces_makes_a_configuration_without_a_gpu(use_command_line
     flags += ["--moe-permute-fusion-into-hybridep", "--moe-router-padding-for-quantization"]
     flags += ["--no-rope-fusion"]
     use_command_line(tiny_flags(*DATA, *flags))
-    try:
-        args, llep = read_arguments(lambda parser: parser, check_pretraining)
-        config = build_model_config(args, llep, Progress()).transformer
-    finally:
-        global_vars.unset_global_variables()
+    args, llep = read_arguments(lambda parser: parser, check_pretraining)
+    config = build_model_config(args, llep, Progress()).transformer
     assert config.moe_token_dispatcher_type == "alltoall"
     assert not config.moe_permute_fusion
     assert args.moe_token_dispatcher_type == "flex"  # as the user gave it, for checkpoints

@@ -26,7 +26,7 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def read(monkeypatch):
+def read(monkeypatch, unset_arguments):
     def read(*flags, without=()):
         flags = config_flags(CONFIG, *flags, without=without)
         monkeypatch.setattr(sys, "argv", ["sft_gpt.py", *flags, *flags_of_sft(flags)])
