@@ -8,3 +8,9 @@ from numba import njit
 entry = njit(no_cfunc_wrapper=True)
 helper = njit(no_cfunc_wrapper=True, no_cpython_wrapper=True)
 """Never to be called from Python: there is no such code."""
+
+inner = njit(inline="always", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+"""For what hot loops call: put in their place, as a call counts a reference to each array it gets.
+
+Each place is compiled anew, so this is for small functions that few others call.
+"""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_llep.planner.loops.arrays import zeros
-from megatron_llep.planner.loops.jit import helper
+from megatron_llep.planner.loops.jit import helper, inner
 from megatron_llep.planner.loops.node_links import (
     BORROWS,
     LENDS,
@@ -32,7 +32,7 @@ class Change(NamedTuple):
     pairs: int
 
 
-@helper
+@inner
 def look_at(
     tokens: np.ndarray,
     quota: np.ndarray,
@@ -48,11 +48,11 @@ def look_at(
     Other borrowers' shards grow or shrink a little; that is left out.
 
     Args:
-        tokens: of `Nodes`. Not all of it is passed on, as numba counts references to its arrays.
-        quota: likewise.
-        links: likewise.
-        price: likewise.
-        scatter_from: likewise.
+        tokens: of `Nodes`, taken out of it before the loop, and the next four.
+        quota: see above.
+        links: see above.
+        price: see above.
+        scatter_from: see above.
         t: nodes that borrow the expert.
         home: its node.
         change: of what they compute.

@@ -12,19 +12,19 @@ them and gradients beside another, one way each, so a loan takes both prices.
 
 import numpy as np
 
-from megatron_llep.planner.loops.jit import helper
+from megatron_llep.planner.loops.jit import helper, inner
 
 SENDS, RECEIVES, LENDS, BORROWS = range(4)
 """Rows of links."""
 
 
-@helper
+@inner
 def busy(sends: int, receives: int, lends: int, borrows: int) -> int:
     """What a link is busy with: two crossings of a pair take as long as one of its price."""
     return 2 * max(sends, receives) + max(lends, borrows)
 
 
-@helper
+@inner
 def busy_with(links: np.ndarray, node: int) -> int:
     """What a node's link is busy with."""
     return busy(links[0, node], links[1, node], links[2, node], links[3, node])

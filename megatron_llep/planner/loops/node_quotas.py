@@ -117,7 +117,7 @@ def improve(nodes: Nodes, prices: np.ndarray) -> None:
         most = busy_with(nodes.links, busiest)
         # Small experts change little: they are looked at if nothing else helps a load.
         if over > 0:
-            found, looked = find_load_change(nodes, node, over, most, max(over // 8, 1))
+            found, looked = find_load_change(nodes, node, over, most, max(over // 4, 1))
             if found.expert < 0:
                 work += looked
                 found, looked = find_load_change(nodes, node, over, most, 1)
@@ -127,7 +127,7 @@ def improve(nodes: Nodes, prices: np.ndarray) -> None:
         expert, source, target, pairs = found
         if expert < 0:
             return
-        before = waiting(nodes.links, prices)
+        before = waiting(nodes.links, prices) if over <= 0 else 0
         shift(nodes, expert, source, target, pairs)
         if over <= 0 and waiting(nodes.links, prices) >= before:
             shift(nodes, expert, target, source, pairs)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_llep.planner.loops.arrays import zero_table, zeros
-from megatron_llep.planner.loops.jit import helper
+from megatron_llep.planner.loops.jit import helper, inner
 from megatron_llep.planner.loops.moves import new_moves, set_move
 from megatron_llep.planner.loops.queue import insert
 
@@ -42,14 +42,14 @@ def natives_of(of_nodes: np.ndarray, P: int, max_foreign: int) -> Ranks:
     return ranks
 
 
-@helper
+@inner
 def holds(ranks: Ranks, rank: int, expert: int) -> bool:
     """Whether a rank can compute an expert without a further slot."""
     E, P = ranks.quota.shape
     return rank == expert // (E // P) or ranks.quota[expert, rank] > 0
 
 
-@helper
+@inner
 def add(ranks: Ranks, rank: int, expert: int, pairs: int) -> None:
     """Let a rank compute more of an expert; in a further slot, if it holds none."""
     if not holds(ranks, rank, expert):
@@ -60,7 +60,7 @@ def add(ranks: Ranks, rank: int, expert: int, pairs: int) -> None:
     ranks.load[rank] += pairs
 
 
-@helper
+@inner
 def take_off(ranks: Ranks, rank: int, expert: int, pairs: int) -> None:
     """Let a rank compute less of an expert; the slot is free if nothing remains."""
     ranks.quota[expert, rank] -= pairs
@@ -75,7 +75,7 @@ def take_off(ranks: Ranks, rank: int, expert: int, pairs: int) -> None:
     ranks.borrowers[expert] -= 1
 
 
-@helper
+@inner
 def largest_expert(ranks: Ranks, rank: int) -> int:
     """The expert that a rank computes most of; of equals the lowest."""
     E, P = ranks.quota.shape

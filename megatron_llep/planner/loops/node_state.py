@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_llep.planner.loops.arrays import zero_table, zeros
-from megatron_llep.planner.loops.jit import helper
+from megatron_llep.planner.loops.jit import helper, inner
 from megatron_llep.planner.loops.node_links import (
     BORROWS,
     LENDS,
@@ -101,7 +101,7 @@ def shift(nodes: Nodes, expert: int, source: int, target: int, pairs: int) -> No
         price_loan(nodes, expert, 1)
 
 
-@helper
+@inner
 def price_loan(nodes: Nodes, expert: int, sign: int) -> None:
     """Add what lending an expert takes of all links (sign 1), or take it off (-1)."""
     t = nodes.borrowers[expert]
