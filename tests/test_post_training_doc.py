@@ -55,6 +55,7 @@ def test_every_command_is_run():
         assert (ROOT / "tests" / place).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_from_nothing_to_a_fine_tuned_model(tmp_path):
     make, sft, rl = COMMANDS[:3]

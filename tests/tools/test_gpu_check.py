@@ -94,6 +94,7 @@ def test_the_judged_run_is_that_of_the_paper(monkeypatch):
     assert not gpu_check.make_path_job(smaller).judged
 
 
+@pytest.mark.slow
 def test_a_trial_run_of_the_whole(tmp_path):
     output = tmp_path / "gpu_check.json"
     options = ["--device", "cpu", "--quick", "--ep", "2", "--output", str(output), "--rounds", "1"]
