@@ -55,6 +55,42 @@ def test_all_is_taken_down_again():
     assert list_namespaces() == before
 
 
+RECEIVE = """
+import socket
+socket.setdefaulttimeout(30)
+server = socket.create_server(("0.0.0.0", 7777))
+print("ready", flush=True)
+connection, _ = server.accept()
+while connection.recv(2**16):
+    pass
+connection.sendall(b".")
+"""
+SEND = """
+import socket, sys, time
+with socket.create_connection((sys.argv[1], 7777), 10) as connection:
+    time.sleep(0.1)
+    start = time.perf_counter()
+    connection.sendall(bytes(100_000))
+    connection.shutdown(socket.SHUT_WR)
+    connection.recv(1)
+    print(time.perf_counter() - start)
+"""
+
+
+def test_a_pause_saves_up_little():
+    """100 kB are limited from their first packets on, as on a wire."""
+    if not can_join():
+        pytest.skip("network namespaces are not allowed here")
+    with join_two_nodes("10mbit") as (one, other):
+        command = other.command([sys.executable, "-c", RECEIVE])
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as receiver:
+            assert receiver.stdout is not None
+            assert receiver.stdout.readline() == "ready\n"
+            command = one.command([sys.executable, "-c", SEND, other.address])
+            sent = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert float(sent.stdout) > 0.95 * 100_000 / 1_250_000, sent.stderr
+
+
 def test_it_is_taken_down_when_it_is_ended(tmp_path):
     if not can_join():
         pytest.skip("network namespaces are not allowed here")
