@@ -116,8 +116,7 @@ def calibrate_layer(sizes: dict[str, int], machine: str, quick: bool, folder: Pa
     model, checks = build_cost_model(
         machine=machine,
         experts=measured.experts,
-        transfers=measured.transfers,
-        uneven=measured.uneven,
+        inside=measured.inside,
         copy_bytes_per_second=measured.copy_bytes_per_second,
         overlap=measured.overlap,
         planning_seconds=time_planning(

@@ -3,9 +3,9 @@
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from megatron_llep.lending.groups import gather_objects
+from megatron_llep.planner.topology import find_ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,3 @@ class Hosts:
             "another, and count as one node: see --moe-llep-ranks-per-node"
             for ranks in mixed[:1]
         ]
-
-
-def find_ranks_per_node(hosts: Sequence[str]) -> int | None:
-    """Ranks on each node of a group, if these follow each other and are as many on every node.
-
-    Args:
-        hosts: of the group's ranks, in their order.
-
-    Returns:
-        None where nodes cannot be told: the group counts as one then.
-    """
-    runs = [(host, len(list(ranks))) for host, ranks in groupby(hosts)]
-    names, sizes = zip(*runs, strict=True)
-    is_even = len(set(names)) == len(names) and len(set(sizes)) == 1
-    return sizes[0] if is_even else None

@@ -1,6 +1,8 @@
 """How the ranks of one expert-parallel group are laid out over nodes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +42,18 @@ class Topology:
 
 
 ONE_NODE = Topology()
+
+
+def find_ranks_per_node(hosts: Sequence[str]) -> int | None:
+    """Ranks on each node of a group, if these follow each other and are as many on every node.
+
+    Args:
+        hosts: of the group's ranks, in their order.
+
+    Returns:
+        None where nodes cannot be told: the group counts as one then.
+    """
+    runs = [(host, len(list(ranks))) for host, ranks in groupby(hosts)]
+    names, sizes = zip(*runs, strict=True)
+    is_even = len(set(names)) == len(names) and len(set(sizes)) == 1
+    return sizes[0] if is_even else None

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_llep import LLEPConfig, convert_model
 from megatron_llep.layer import LLEPMoELayer
-from megatron_llep.lending.hosts import find_ranks_per_node
+from megatron_llep.planner.topology import find_ranks_per_node
 from support.layout import Layout
 from support.llep import EAGER, assert_same_run, train_with_llep
 from support.ranks import run_ranks

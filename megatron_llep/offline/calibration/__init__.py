@@ -1,4 +1,4 @@
-"""Fitting a cost model to the machine at hand: measure in two processes, fit, check.
+"""Fitting a cost model to the machine at hand: measure in several processes, fit, check.
 
-`measure` needs torch alone (no Megatron); `fit` is numpy.
+`measure` needs torch alone (no Megatron); `fit` and `reach` are numpy.
 """

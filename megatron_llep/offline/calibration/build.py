@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_llep.offline.calibration.fit import (
     ExpertTiming,
-    TransferTiming,
+    LinkTimings,
     find_errors,
     fit_expert,
     fit_link,
@@ -35,8 +35,8 @@ def build_cost_model(
     *,
     machine: str,
     experts: Sequence[ExpertTiming],
-    transfers: Sequence[TransferTiming],
-    uneven: Sequence[TransferTiming] = (),
+    inside: LinkTimings | None = None,
+    across: LinkTimings | None = None,
     copy_bytes_per_second: float,
     overlap: float,
     planning_seconds: float,
@@ -48,16 +48,16 @@ def build_cost_model(
     Args:
         machine: in words.
         experts: per size of expert, by growing tokens.
-        transfers: by growing bytes, of each kind; empty if `intra_node` is given.
-        uneven: exchanges that nothing is fitted to; not looked at if `intra_node` is given.
+        inside: exchanges inside nodes; None where nobody has another one there.
+        across: between nodes; None with one node.
         copy_bytes_per_second: as in the cost model; so are `overlap` and `planning_seconds`.
         overlap: see above.
         planning_seconds: see above.
-        intra_node: default: fitted to `transfers`.
-        inter_node: default: as inside the node.
+        intra_node: default: fitted to `inside`; without these as between nodes.
+        inter_node: default: fitted to `across`; without these as inside the node.
 
     Raises:
-        ValueError: too few timings, or they do not grow with the work.
+        ValueError: too few timings, or they do not grow with the work; no link is known.
     """
     fitted, held_out = _split(experts)
     expert = fit_expert(fitted)
@@ -68,13 +68,15 @@ def build_cost_model(
             [t.forward_seconds + t.backward_seconds for t in held_out],
         )
     ]
-    if intra_node is None:
-        used, unused = _split(transfers)
-        intra_node = link = fit_link(used)
-        for what, timings in (("transfers", unused), ("uneven exchanges", uneven)):
-            if timings:
-                predicted = [predict_transfer(link, t) for t in timings]
-                checks.append(_check(what, predicted, [t.seconds for t in timings]))
+    if intra_node is None and inside:
+        intra_node, more = _fit_and_check(inside, "")
+        checks += more
+    if inter_node is None and across:
+        inter_node, more = _fit_and_check(across, " between nodes")
+        checks += more
+    known = intra_node or inter_node
+    if known is None:
+        raise ValueError("no link is known: measure several ranks, or give one")
     model = CostModel(
         machine=machine,
         flops_per_second=expert.flops_per_second,
@@ -82,12 +84,24 @@ def build_cost_model(
         gemm_overhead_seconds=expert.gemm_overhead_seconds,
         backward_factor=expert.backward_factor,
         copy_bytes_per_second=copy_bytes_per_second,
-        intra_node=intra_node,
-        inter_node=inter_node or intra_node,
+        intra_node=intra_node or known,
+        inter_node=inter_node or known,
         overlap=overlap,
         planning_seconds=planning_seconds,
     )
     return model, checks
+
+
+def _fit_and_check(timings: LinkTimings, where: str) -> tuple[Link, list[Check]]:
+    """A link, and how it predicts what it was not fitted to."""
+    used, unused = _split(timings.regular)
+    link = fit_link(used)
+    checks = []
+    for what, held_out in (("transfers", unused), ("uneven exchanges", timings.uneven)):
+        if held_out:
+            predicted = [predict_transfer(link, t) for t in held_out]
+            checks.append(_check(what + where, predicted, [t.seconds for t in held_out]))
+    return link, checks
 
 
 def _split[T](timings: Sequence[T]) -> tuple[list[T], list[T]]:

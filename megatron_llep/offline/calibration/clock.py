@@ -8,6 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+LIMIT_SECONDS = 60.0
+"""Of steps in turns, where these take so long that fewer rounds must do."""
+LEAST_ROUNDS = 5
+"""Then, too."""
+
 
 class Clock:
     """Times work that all ranks do at once."""
@@ -36,20 +41,29 @@ class Clock:
         All ranks begin each at once, in an order that differs from round to round: a step is slower
         behind one that leaves little in the caches. Steps are short and wait for other ranks, so
         whatever else runs disturbs many of them, and always makes them longer: hence the quartile.
+        Over a slow link there are as many rounds as go into LIMIT_SECONDS, LEAST_ROUNDS at least.
         """
-        seconds: list[list[float]] = [[] for _ in steps]
-        for turn in range(1 + rounds):
-            order = list(range(len(steps)))
-            random.Random(turn).shuffle(order)
-            for number in order:
-                dist.barrier()
-                self._wait()
-                start = time.perf_counter()
-                steps[number]()
-                self._wait()
-                if turn:  # the first one warms up
-                    seconds[number].append(time.perf_counter() - start)
-        return self._find_worst([sorted(taken)[len(taken) // 4] for taken in seconds])
+        start = time.perf_counter()
+        self._run_round(steps, 0)  # warms up
+        (a_round,) = self._find_worst([time.perf_counter() - start])
+        rounds = min(rounds, max(int(LIMIT_SECONDS / a_round), LEAST_ROUNDS))
+        found = [self._run_round(steps, turn) for turn in range(1, 1 + rounds)]
+        taken = zip(*found, strict=True)
+        return self._find_worst([sorted(of_step)[rounds // 4] for of_step in taken])
+
+    def _run_round(self, steps: Sequence[Callable[[], object]], turn: int) -> list[float]:
+        """Seconds of each step, run once, in this turn's order."""
+        seconds = [0.0] * len(steps)
+        order = list(range(len(steps)))
+        random.Random(turn).shuffle(order)
+        for number in order:
+            dist.barrier()
+            self._wait()
+            start = time.perf_counter()
+            steps[number]()
+            self._wait()
+            seconds[number] = time.perf_counter() - start
+        return seconds
 
     def _find_worst(self, seconds: list[float]) -> list[float]:
         worst = torch.tensor(seconds, device=self.device)

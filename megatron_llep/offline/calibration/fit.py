@@ -51,6 +51,16 @@ class TransferTiming:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinkTimings:
+    """Exchanges over one kind of link."""
+
+    regular: Sequence[TransferTiming]
+    """Of each kind, by growing bytes: every other one to fit to, the rest to check."""
+    uneven: Sequence[TransferTiming] = ()
+    """To check alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertFit:
     """The numbers of a cost model that say how long an expert takes."""
 

@@ -1,14 +1,11 @@
 """Timings for a cost model, taken in several processes that work at the same time.
 
-Shape letters: n tokens, h hidden size, f inner size of an expert.
-
-On CPUs two processes, each with one thread on a core of its own, talk over gloo; where GPUs are,
-one or two, over NCCL. Where more ranks share a machine's cores, as many are to be measured. Every
-figure is of the slowest rank: the median of repeats, of exchanges the lower quartile.
+On CPUs each has one thread on a core of its own, and they talk over gloo; where GPUs are, over
+NCCL. On one machine two are started; where more ranks share a machine's cores, as many are to be
+measured. Over several nodes torchrun starts them. Every figure is of the slowest rank: the median
+of repeats, of exchanges the lower quartile.
 """
 
-import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +14,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_llep.offline.calibration.clock import Clock
-from megatron_llep.offline.calibration.exchanges import (
-    find_overlap,
-    list_regular,
-    list_uneven,
-    time_exchanges,
-)
-from megatron_llep.offline.calibration.fit import ExpertTiming, TransferTiming
+from megatron_llep.offline.calibration.exchanges import find_overlap, time_link
+from megatron_llep.offline.calibration.experts import make_experts, time_copy, time_expert
+from megatron_llep.offline.calibration.fit import ExpertTiming, LinkTimings
+from megatron_llep.offline.calibration.group import Member, join_new
+from megatron_llep.offline.calibration.reach import reach_across, reach_inside
 from megatron_llep.offline.ranks import run_ranks
-
-CACHE_BYTES = 2**28
-"""More than what a core or a GPU finds in its caches."""
-_MOST_EXPERTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +53,7 @@ GPU_SIZES = Sizes(
 
 
 def choose_sizes(sizes: Sizes, *, expert: tuple[int, int] | None, quick: bool) -> Sizes:
-    """The given sizes, for one expert (h, f) if there is one; small and few if `quick`."""
+    """The given sizes, for one expert (h, f) if there is one; few of them if `quick`."""
     experts = (expert,) if expert else sizes.experts
     if not quick:
         return replace(sizes, experts=experts)
@@ -70,7 +61,7 @@ def choose_sizes(sizes: Sizes, *, expert: tuple[int, int] | None, quick: bool) -
         sizes,
         experts=experts[:1],
         tokens=sizes.tokens[:6],
-        transfer_bytes=sizes.transfer_bytes[:6],
+        transfer_bytes=sizes.transfer_bytes[::4],
         repeats=3,
         transfer_repeats=5,
     )
@@ -82,18 +73,18 @@ class Measurements:
 
     experts: list[ExpertTiming]
     copy_bytes_per_second: float
-    transfers: list[TransferTiming]
-    """To fit a link to: of each kind by growing bytes; empty with one rank."""
-    uneven: list[TransferTiming]
-    """To check it on; empty with one rank."""
+    inside: LinkTimings | None
+    """Between ranks of a node; None with one rank a node."""
+    across: LinkTimings | None
+    """Between nodes; None with one node."""
     overlap: float
-    """See CostModel; 0 with one rank."""
+    """See CostModel; inside the node where there is somebody, 0 with one rank."""
 
 
 def measure(
     sizes: Sizes, report: Callable[[str], None], *, ranks: int | None = None
 ) -> Measurements:
-    """Start the processes, measure, and end them.
+    """Start processes on this machine, measure, and end them.
 
     Args:
         sizes: what to measure.
@@ -109,113 +100,33 @@ def measure(
     if gpus is not None and world > gpus:
         raise ValueError(f"--ranks {world}: each needs a GPU, and here are {gpus}; give fewer")
     report(f"experts, copies and transfers in {world} processes")
-    return run_ranks(_measure_rank, world, world, sizes)[0]
+    return run_ranks(_measure_new_rank, world, world, sizes)[0]
 
 
-def _measure_rank(rank: int, store: Path, world: int, sizes: Sizes) -> Measurements:
-    device = _take_device(rank)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(str(store), world),
-        rank=rank,
-        world_size=world,
-    )
-    clock = Clock(device, sizes.repeats)
-    regular = list_regular(world, sizes.transfer_bytes)
-    uneven = list_uneven(world, sizes.transfer_bytes)
-    exchanges = time_exchanges(clock, [*regular, *uneven], sizes.transfer_repeats)
+def _measure_new_rank(rank: int, store: Path, world: int, sizes: Sizes) -> Measurements:
+    return measure_together(join_new(rank, store, world), sizes)
+
+
+def measure_together(member: Member, sizes: Sizes) -> Measurements:
+    """Measure, as one of a group whose members all do, and leave it."""
+    clock = Clock(member.device, sizes.repeats)
+    shape = member.nodes.num_ranks, member.nodes.ranks_per_node
+    inside, across = reach_inside(*shape), reach_across(*shape)
+    links = [
+        time_link(clock, reach, sizes.transfer_bytes, sizes.transfer_repeats)
+        for reach in (inside, across)
+    ]
+    talking = [reach for reach in (inside, across) if not reach.is_empty]
     found = Measurements(
         experts=[
-            _time_expert(clock, n, experts)
-            for experts in (
-                _make_experts(clock.device, h, f, sizes.dtype) for h, f in sizes.experts
-            )
+            time_expert(clock, n, experts)
+            for experts in (make_experts(clock.device, h, f, sizes.dtype) for h, f in sizes.experts)
             for n in sizes.tokens
         ],
-        copy_bytes_per_second=_time_copy(clock, sizes),
-        transfers=exchanges[: len(regular)],
-        uneven=exchanges[len(regular) :],
-        overlap=find_overlap(clock, sizes.transfer_bytes[-1]) if world > 1 else 0.0,
+        copy_bytes_per_second=time_copy(clock, sizes.tokens[-1], sizes.experts[-1][0], sizes.dtype),
+        inside=links[0],
+        across=links[1],
+        overlap=find_overlap(clock, talking[0], sizes.transfer_bytes[-1]) if talking else 0.0,
     )
     dist.destroy_process_group()
     return found
-
-
-def _take_device(rank: int) -> torch.device:
-    """One GPU, or one core, for this rank alone."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-        return torch.device("cuda", rank)
-    torch.set_num_threads(1)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    if os.uname().sysname == "Linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return torch.device("cpu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Expert:
-    """A gated MLP whose weights have gradients, to which each backward adds."""
-
-    fc1: torch.nn.Linear
-    fc2: torch.nn.Linear
-
-    @classmethod
-    def make(cls, device: torch.device, h: int, f: int, dtype: torch.dtype) -> "_Expert":
-        fc1 = torch.nn.Linear(h, 2 * f, bias=False, device=device, dtype=dtype)
-        fc2 = torch.nn.Linear(f, h, bias=False, device=device, dtype=dtype)
-        for each in (fc1, fc2):
-            each.weight.grad = torch.zeros_like(each.weight)
-        return cls(fc1=fc1, fc2=fc2)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of weights and gradients."""
-        return 2 * (self.fc1.weight.nbytes + self.fc2.weight.nbytes)
-
-
-def _make_experts(device: torch.device, h: int, f: int, dtype: torch.dtype) -> list[_Expert]:
-    """As many as no cache holds, as in a layer: each finds its weights in memory."""
-    first = _Expert.make(device, h, f, dtype)
-    others = min(max(CACHE_BYTES // first.num_bytes, 1), _MOST_EXPERTS)
-    return [first, *(_Expert.make(device, h, f, dtype) for _ in range(others))]
-
-
-def _time_expert(clock: Clock, n: int, experts: list[_Expert]) -> ExpertTiming:
-    """One after another of like experts, as one computes n tokens, with its weights' gradients."""
-    first = experts[0].fc2.weight
-    h, f = first.shape
-    hidden = torch.randn(n, h, device=clock.device, dtype=first.dtype, requires_grad=True)
-    probs = torch.rand(n, 1, device=clock.device, dtype=first.dtype)
-    grad = torch.randn_like(hidden)
-    turn = itertools.cycle(experts)
-    outputs = []
-
-    def forward() -> None:
-        expert = next(turn)
-        gate, up = expert.fc1(hidden).chunk(2, dim=-1)
-        outputs.append(expert.fc2(torch.nn.functional.silu(gate) * up * probs))
-
-    def backward() -> None:
-        outputs.pop().backward(grad)
-
-    forward_seconds, backward_seconds = clock.time(forward, backward)
-    return ExpertTiming(
-        tokens=n,
-        flops_per_token=6 * h * f,
-        forward_seconds=forward_seconds,
-        backward_seconds=backward_seconds,
-    )
-
-
-def _time_copy(clock: Clock, sizes: Sizes) -> float:
-    """Bytes a second of bringing tokens into order, there and back."""
-    h, n = sizes.experts[-1][0], sizes.tokens[-1]
-    tokens = torch.randn(n, h, device=clock.device, dtype=sizes.dtype)
-    order = torch.randperm(n, device=clock.device)
-    result = torch.zeros_like(tokens)
-    gather, scatter = clock.time(
-        lambda: tokens.index_select(0, order), lambda: result.index_add_(0, order, tokens)
-    )
-    return 2 * tokens.nbytes / (gather + scatter)

@@ -35,7 +35,7 @@ def test_links_from_a_data_sheet(tmp_path, monkeypatch):
         for n in (1, 2, 4, 8)
     ]
     found = measure.Measurements(
-        experts=timings, copy_bytes_per_second=1.0, transfers=[], uneven=[], overlap=0.0
+        experts=timings, copy_bytes_per_second=1.0, inside=None, across=None, overlap=0.0
     )
     monkeypatch.setattr(measure, "measure", lambda sizes, report, ranks: found)
     path = tmp_path / "cost.json"
@@ -54,6 +54,7 @@ def test_links_from_a_data_sheet(tmp_path, monkeypatch):
         (["--hidden", "8"], "--ffn-hidden"),
         (["--links", "abacus"], "h100, h200"),
         (["--ranks", "1"], "--ranks 1"),
+        (["--ranks-per-node", "2"], "--ranks-per-node 2: here is one node"),
     ],
 )
 def test_flags_that_make_no_sense(flags, message, capsys):
@@ -64,7 +65,9 @@ def test_flags_that_make_no_sense(flags, message, capsys):
 def test_one_gpu_has_nobody_to_talk_to(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    args = SimpleNamespace(hidden=None, ffn_hidden=None, links=None, ranks=None)
+    args = SimpleNamespace(
+        hidden=None, ffn_hidden=None, links=None, ranks=None, ranks_per_node=None, quick=True
+    )
     with pytest.raises(ValueError, match="--links"):
         calibrate.calibrate(args)
 

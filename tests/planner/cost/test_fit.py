@@ -8,6 +8,7 @@ import pytest
 from megatron_llep.offline.calibration.build import build_cost_model
 from megatron_llep.offline.calibration.fit import (
     ExpertTiming,
+    LinkTimings,
     TransferTiming,
     find_errors,
     fit_expert,
@@ -118,16 +119,45 @@ def test_the_check_uses_timings_that_were_held_out():
         "overlap": 0.5,
         "planning_seconds": 1e-4,
     }
-    model, (experts, transfers) = build_cost_model(transfers=TRANSFERS, **arguments)
+    model, (experts, transfers) = build_cost_model(
+        inside=LinkTimings(regular=TRANSFERS), **arguments
+    )
     assert model.flops_per_second == pytest.approx(1e9)
     assert experts.points == 6
     assert experts.median == pytest.approx(1 / 3)
     assert transfers.worst == pytest.approx(0, abs=1e-9)
     assert model.inter_node == model.intra_node
     other = Link(latency_seconds=1.0, bytes_per_second=2.0)
-    model, checks = build_cost_model(transfers=[], intra_node=other, **arguments)
+    model, checks = build_cost_model(intra_node=other, **arguments)
     assert model.intra_node == model.inter_node == other
     assert len(checks) == 1
+
+
+def test_each_link_is_fitted_to_its_own_exchanges():
+    slow = [time_transfer(1e-3 + n / 1e7, n, n) for n in (10**3, 10**4, 10**5, 10**6, 10**7)]
+    arguments = {
+        "machine": "made up",
+        "experts": EXPERTS,
+        "copy_bytes_per_second": 1e9,
+        "overlap": 0.5,
+        "planning_seconds": 1e-4,
+        "across": LinkTimings(regular=slow, uneven=slow[:1]),
+    }
+    model, checks = build_cost_model(inside=LinkTimings(regular=TRANSFERS), **arguments)
+    assert model.intra_node.bytes_per_second == pytest.approx(1e9)
+    assert model.inter_node.bytes_per_second == pytest.approx(1e7)
+    assert model.inter_node.latency_seconds == pytest.approx(1e-3)
+    assert [check.what for check in checks[1:]] == [
+        "transfers",
+        "transfers between nodes",
+        "uneven exchanges between nodes",
+    ]
+    # With one rank a node there is nothing inside.
+    model, checks = build_cost_model(**arguments)
+    assert model.intra_node == model.inter_node
+    assert model.inter_node.bytes_per_second == pytest.approx(1e7)
+    with pytest.raises(ValueError, match="no link"):
+        build_cost_model(**arguments | {"across": None})
 
 
 def test_errors_are_relative():
