@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from node_bed.bed import NoNamespacesError, join_two_nodes
+from node_bed import trial
+from node_bed.bed import Node, NoNamespacesError, join_two_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,6 +106,45 @@ def test_it_is_taken_down_when_it_is_ended(tmp_path):
         running.terminate()
         assert running.wait(60) == 143
     assert list_namespaces() == before
+
+
+class Asleep(Node):
+    """A node of this machine, on which nothing trains."""
+
+    def command(self, command):
+        return ["sleep", "60"]
+
+
+def test_nothing_is_left_of_a_training_that_is_ended_as_it_starts(tmp_path, monkeypatch):
+    def start_and_end(timer):
+        threading.Thread.start(timer)
+        sys.exit(143)
+
+    started = []
+
+    def start(*args, **kwargs):
+        started.append(subprocess.Popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(threading.Timer, "start", start_and_end)
+    monkeypatch.setattr(trial, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": start}))
+    nodes = [Asleep(namespace=name, device=name, address="127.0.0.1") for name in ("one", "other")]
+    with pytest.raises(SystemExit):
+        trial.train_on(
+            nodes,
+            tmp_path / "config.yaml",
+            [],
+            ranks_per_node=1,
+            llep=False,
+            port=1,
+            log=tmp_path / "log",
+            limit=60,
+        )
+    assert [each.poll() for each in started] == [-9, -9]
+    left = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    for thread in left:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 @pytest.mark.slow

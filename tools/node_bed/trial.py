@@ -68,37 +68,38 @@ def train_on(
     lines: list[str] = []
     counted: dict[int, int] = {}
     running: list[subprocess.Popen[str]] = []
-    with log.open("w") as other_log:
-        for number, node in enumerate(nodes):
-            command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(config)]
-            command += [] if llep else ["--no-llep"]
-            command += ["--nnodes", str(len(nodes)), "--node-rank", str(number)]
-            command += ["--nproc", str(ranks_per_node)]
-            command += ["--rdzv-endpoint", f"{nodes[0].address}:{port}", "--", *flags]
-            settings = {"GLOO_SOCKET_IFNAME": node.device, "PYTHONUNBUFFERED": "1"}
-            running.append(
-                subprocess.Popen(
-                    node.command(command),
-                    env=os.environ | settings | {"OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.PIPE if number == len(nodes) - 1 else other_log,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    start_new_session=True,
+    timer = threading.Timer(limit, _end, [running])
+    timer.daemon = True  # or this process, ended before it is cancelled, would wait for it
+    try:
+        with log.open("w") as other_log:
+            for number, node in enumerate(nodes):
+                command = [sys.executable, str(ROOT / "tools" / "launch.py"), str(config)]
+                command += [] if llep else ["--no-llep"]
+                command += ["--nnodes", str(len(nodes)), "--node-rank", str(number)]
+                command += ["--nproc", str(ranks_per_node)]
+                command += ["--rdzv-endpoint", f"{nodes[0].address}:{port}", "--", *flags]
+                settings = {"GLOO_SOCKET_IFNAME": node.device, "PYTHONUNBUFFERED": "1"}
+                running.append(
+                    subprocess.Popen(
+                        node.command(command),
+                        env=os.environ | settings | {"OMP_NUM_THREADS": "1"},
+                        stdout=subprocess.PIPE if number == len(nodes) - 1 else other_log,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        start_new_session=True,
+                    )
                 )
-            )
-        timer = threading.Timer(limit, _end, [running])
         timer.start()
-        try:
-            logs = running[-1].stdout
-            assert logs is not None
-            for line in logs:
-                lines.append(line)
-                if match := _ITERATION.search(line):
-                    counted[int(match[1])] = sum(node.count_sent() for node in nodes)
-            statuses = [each.wait() for each in running]
-        finally:
-            timer.cancel()
-            _end(running)
+        logs = running[-1].stdout
+        assert logs is not None
+        for line in logs:
+            lines.append(line)
+            if match := _ITERATION.search(line):
+                counted[int(match[1])] = sum(node.count_sent() for node in nodes)
+        statuses = [each.wait() for each in running]
+    finally:
+        timer.cancel()
+        _end(running)
     log.write_text(log.read_text() + "".join(lines))
     first, end = WARM_UP, max(counted, default=0)
     if any(statuses) or end <= first:
