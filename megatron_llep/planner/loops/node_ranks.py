@@ -25,7 +25,9 @@ class Ranks(NamedTuple):
     held: np.ndarray
     """[P] how many these are."""
     borrowers: np.ndarray
-    """[E] ranks that borrow each expert."""
+    """[E, P] ranks that borrow each expert, as many as `num_borrowers`."""
+    num_borrowers: np.ndarray
+    """[E] how many these are."""
 
 
 @helper
@@ -33,7 +35,9 @@ def natives_of(of_nodes: np.ndarray, P: int, max_foreign: int) -> Ranks:
     """What is computed at home, of quotas of nodes [N, E]."""
     N, E = of_nodes.shape
     M = E // P
-    ranks = Ranks(zero_table(E, P), zeros(P), zero_table(P, max_foreign), zeros(P), zeros(E))
+    borrowers = np.empty((E, P), np.int64)
+    foreign = zero_table(P, max_foreign)
+    ranks = Ranks(zero_table(E, P), zeros(P), foreign, zeros(P), borrowers, zeros(E))
     for rank in range(P):
         for expert in range(rank * M, (rank + 1) * M):
             pairs = of_nodes[rank * N // P, expert]
@@ -55,7 +59,8 @@ def add(ranks: Ranks, rank: int, expert: int, pairs: int) -> None:
     if not holds(ranks, rank, expert):
         ranks.foreign[rank, ranks.held[rank]] = expert
         ranks.held[rank] += 1
-        ranks.borrowers[expert] += 1
+        ranks.borrowers[expert, ranks.num_borrowers[expert]] = rank
+        ranks.num_borrowers[expert] += 1
     ranks.quota[expert, rank] += pairs
     ranks.load[rank] += pairs
 
@@ -72,7 +77,11 @@ def take_off(ranks: Ranks, rank: int, expert: int, pairs: int) -> None:
         if ranks.foreign[rank, slot] == expert:
             ranks.foreign[rank, slot] = ranks.foreign[rank, held]
     ranks.held[rank] = held
-    ranks.borrowers[expert] -= 1
+    others = ranks.num_borrowers[expert] - 1
+    for i in range(others):
+        if ranks.borrowers[expert, i] == rank:
+            ranks.borrowers[expert, i] = ranks.borrowers[expert, others]
+    ranks.num_borrowers[expert] = others
 
 
 @inner
@@ -108,6 +117,7 @@ def spread_in_node(of_node: np.ndarray, first: int, last: int, most: int, ranks:
         ranks: updated.
     """
     quota, load, foreign, held = ranks.quota, ranks.load, ranks.foreign, ranks.held
+    borrowers, num_borrowers = ranks.borrowers, ranks.num_borrowers
     E, P = quota.shape
     M, S = E // P, foreign.shape[1]
     queue = zeros(E + 1)
@@ -134,7 +144,8 @@ def spread_in_node(of_node: np.ndarray, first: int, last: int, most: int, ranks:
         else:
             foreign[to, held[to]] = expert
             held[to] += 1
-            ranks.borrowers[expert] += 1
+            borrowers[expert, num_borrowers[expert]] = to
+            num_borrowers[expert] += 1
         quota[expert, to] += pairs
         load[to] += pairs
 

@@ -74,7 +74,8 @@ def _find_way(
     """The nearest rank with room, -1 if there is none."""
     quota, load, foreign, held = ranks.quota, ranks.load, ranks.foreign, ranks.held
     giver_of, expert_of, reached = search.giver_of, search.expert_of, search.reached
-    looked_at, borrowers = search.looked_at, ranks.borrowers
+    looked_at = search.looked_at
+    borrowers, num_borrowers = ranks.borrowers, ranks.num_borrowers
     search.number[0] += 1
     number = search.number[0]
     E, P = quota.shape
@@ -91,19 +92,27 @@ def _find_way(
             expert = rank * M + slot if slot < M else foreign[rank, slot - M]
             if quota[expert, rank] == 0 or looked_at[expert] == number:
                 continue
-            if not (borrowers[expert] or uses_slots):
-                continue  # no one else holds it
             looked_at[expert] = number
-            home = expert // M
-            for other in range(first, last):
-                holds = quota[expert, other] > 0 or other == home
-                if not (holds or (uses_slots and held[other] < S)) or giver_of[other] >= 0:
+            for i in range(-1, num_borrowers[expert]):
+                other = expert // M if i < 0 else borrowers[expert, i]
+                if not first <= other < last or giver_of[other] >= 0:
                     continue
                 giver_of[other], expert_of[other] = rank, expert
                 if load[other] < most:
                     return other
                 reached[num_reached] = other
                 num_reached += 1
+            if not uses_slots:
+                continue
+            for other in range(first, last):
+                if held[other] == S or giver_of[other] >= 0:
+                    continue
+                giver_of[other], expert_of[other] = rank, expert
+                if load[other] < most:
+                    return other
+                reached[num_reached] = other
+                num_reached += 1
+            uses_slots = False  # all ranks with a slot are reached
     return -1
 
 
