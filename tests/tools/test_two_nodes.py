@@ -1,11 +1,12 @@
 """The bed of two nodes: what it says where it cannot be set up, and a training over it."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -108,26 +109,32 @@ def test_it_is_taken_down_when_it_is_ended(tmp_path):
     assert list_namespaces() == before
 
 
+ASLEEP = f"60.{os.getpid()}"
+"""Seconds, which name the process that sleeps them."""
+
+
 class Asleep(Node):
     """A node of this machine, on which nothing trains."""
 
     def command(self, command):
-        return ["sleep", "60"]
+        return ["sleep", ASLEEP]
+
+
+def find_asleep() -> list[Path]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            found += [path] if ASLEEP.encode() in path.read_bytes() else []
+    return found
 
 
 def test_nothing_is_left_of_a_training_that_is_ended_as_it_starts(tmp_path, monkeypatch):
     def start_and_end(timer):
         threading.Thread.start(timer)
+        assert len(find_asleep()) == 2
         sys.exit(143)
 
-    started = []
-
-    def start(*args, **kwargs):
-        started.append(subprocess.Popen(*args, **kwargs))
-        return started[-1]
-
     monkeypatch.setattr(threading.Timer, "start", start_and_end)
-    monkeypatch.setattr(trial, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": start}))
     nodes = [Asleep(namespace=name, device=name, address="127.0.0.1") for name in ("one", "other")]
     with pytest.raises(SystemExit):
         trial.train_on(
@@ -140,7 +147,7 @@ def test_nothing_is_left_of_a_training_that_is_ended_as_it_starts(tmp_path, monk
             log=tmp_path / "log",
             limit=60,
         )
-    assert [each.poll() for each in started] == [-9, -9]
+    assert not find_asleep()
     left = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     for thread in left:
         thread.join(5)

@@ -1,8 +1,6 @@
 """One training on the two nodes: what it logs, and what crosses the link meanwhile."""
 
-import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from node_bed.bed import Node
+from node_bed.launch import end_all, start_on
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 3
@@ -68,7 +67,7 @@ def train_on(
     lines: list[str] = []
     counted: dict[int, int] = {}
     running: list[subprocess.Popen[str]] = []
-    timer = threading.Timer(limit, _end, [running])
+    timer = threading.Timer(limit, end_all, [running])
     timer.daemon = True  # or this process, ended before it is cancelled, would wait for it
     try:
         with log.open("w") as other_log:
@@ -78,17 +77,8 @@ def train_on(
                 command += ["--nnodes", str(len(nodes)), "--node-rank", str(number)]
                 command += ["--nproc", str(ranks_per_node)]
                 command += ["--rdzv-endpoint", f"{nodes[0].address}:{port}", "--", *flags]
-                settings = {"GLOO_SOCKET_IFNAME": node.device, "PYTHONUNBUFFERED": "1"}
-                running.append(
-                    subprocess.Popen(
-                        node.command(command),
-                        env=os.environ | settings | {"OMP_NUM_THREADS": "1"},
-                        stdout=subprocess.PIPE if number == len(nodes) - 1 else other_log,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                        start_new_session=True,
-                    )
-                )
+                is_last = number == len(nodes) - 1
+                running.append(start_on(node, command, subprocess.PIPE if is_last else other_log))
         timer.start()
         logs = running[-1].stdout
         assert logs is not None
@@ -99,7 +89,7 @@ def train_on(
         statuses = [each.wait() for each in running]
     finally:
         timer.cancel()
-        _end(running)
+        end_all(running)
     log.write_text(log.read_text() + "".join(lines))
     first, end = WARM_UP, max(counted, default=0)
     if any(statuses) or end <= first:
@@ -110,11 +100,3 @@ def train_on(
         step_bytes=(counted[end] - counted[first]) / (end - first),
         losses=[float(value) for value in _LOSS.findall(text)],
     )
-
-
-def _end(running: Sequence[subprocess.Popen[str]]) -> None:
-    """End what still runs, ranks too."""
-    for each in running:
-        if each.poll() is None:
-            os.killpg(each.pid, signal.SIGKILL)
-            each.wait()
