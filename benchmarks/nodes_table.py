@@ -6,7 +6,8 @@ DeepSeek-V3's layer (256 experts, hidden 7168, ffn 2048, 8 experts a token), bf1
 fp32, forward and backward. Log-normal routing, the same on all nodes, or each node with its own hot
 experts. Tokens stay on their rank, then in their node. Medians over seeds. Busiest is what a layer
 waits for: of each exchange (dispatch, combine, forward and backward) the direction of a node's link
-that carries most, summed; `one way` is what one direction carries in all of them.
+that carries most, summed; `one way` is what one direction carries in all of them. Inside: how long
+the busiest link inside a node takes, of the time of the busiest between nodes, by the preset h200.
 
 Shape letters: P ranks, E experts, N nodes.
 """
@@ -25,9 +26,13 @@ from megatron_llep.offline.workloads import make_counts
 from megatron_llep.planner import Topology, compile_planners, make_plan
 from megatron_llep.planner.cost.across import count_node_bytes
 from megatron_llep.planner.cost.model import LayerShape
+from megatron_llep.planner.cost.presets import get_cost_model
+from megatron_llep.planner.cost.traffic import count_lending, count_tokens
+from megatron_llep.planner.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "nodes.json"
 SHAPE = LayerShape(hidden=7168, ffn_hidden=2048, num_experts=256, top_k=8)
+MACHINE = get_cost_model("h200")
 PER_NODE = 8
 NODES = Topology(ranks_per_node=PER_NODE)
 RANKS = (16, 32, 64)
@@ -74,14 +79,27 @@ def look_at(counts: np.ndarray, options: dict[str, object]) -> dict[str, float]:
         make_plan(counts, prices=SHAPE.prices, **options)  # type: ignore[arg-type]
         seconds.append(time.perf_counter() - start)
     across = count_node_bytes(plan, counts, SHAPE, NODES)
+    inside, between = find_busy_seconds(plan, counts)
     return {
         "imbalance": plan.imbalance_after,
         "tokens_gb": across.tokens[:, 0].sum() / 1e9,
         "lent_gb": across.experts[:, 0].sum() / 1e9,
         "busiest_gb": across.busiest / 1e9,
         "one_way_gb": across.busiest_link / 1e9,
+        "inside": inside / between,
         "plan_us": statistics.median(seconds) * 1e6,
     }
+
+
+def find_busy_seconds(plan: Plan, counts: np.ndarray) -> list[float]:
+    """Of the busiest rank, how long its links inside the node, and between nodes, carry bytes."""
+    lent = count_lending(plan, SHAPE.expert_weights, SHAPE.scatter_from, NODES)
+    experts = np.sum([each.numbers for each in lent], axis=0)  # [2 links, 2, P]
+    carried = 4 * SHAPE.token_bytes * count_tokens(plan, counts, NODES)
+    carried += (SHAPE.weight_bytes + SHAPE.bytes_per_gradient) * experts
+    links = MACHINE.intra_node, MACHINE.inter_node
+    most = carried.max(axis=(1, 2)).tolist()
+    return [n / link.bytes_per_second for n, link in zip(most, links, strict=True)]
 
 
 def measure() -> list[dict[str, object]]:
@@ -113,12 +131,12 @@ def format_rows(rows: list[dict[str, object]]) -> str:
     """The table."""
     head = ["nodes", "sigma", "tokens", "EP", "method", "imbalance", "tokens GB", "experts GB"]
     head += ["busiest GB", "of plain's", "one way GB", "of plain's"]
-    lines: list[list[object]] = [[*head, "plan us"]]
+    lines: list[list[object]] = [[*head, "inside", "plan us"]]
     for row in rows:
         figures = [f"{row['imbalance']:.2f}", f"{row['tokens_gb']:.1f}", f"{row['lent_gb']:.1f}"]
         for key in WAYS:
             figures += [f"{row[f'{key}_gb']:.2f}", f"{row[f'{key}_of_plain']:.2f}"]
-        figures.append(f"{row['plan_us']:.0f}")
+        figures += [f"{row['inside']:.2f}", f"{row['plan_us']:.0f}"]
         nodes = "alike" if row["nodes_alike"] else "differ"
         lines.append([nodes, row["sigma"], row["tokens"], row["ranks"], row["method"], *figures])
     return format_table(lines, "<>>><>")
