@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from node_bed import trial
+from node_bed import bed, trial
 from node_bed.bed import Node, NoNamespacesError, join_two_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +107,26 @@ def test_it_is_taken_down_when_it_is_ended(tmp_path):
         assert list_namespaces() != before
         running.terminate()
         assert running.wait(60) == 143
+    assert list_namespaces() == before
+
+
+def test_a_signal_does_not_stop_the_taking_down(monkeypatch):
+    if not can_join():
+        pytest.skip("network namespaces are not allowed here")
+    before, take_down = list_namespaces(), bed._take_down
+
+    def be_told_to_end(node):
+        os.kill(os.getpid(), signal.SIGTERM)
+        take_down(node)
+
+    monkeypatch.setattr(bed, "_take_down", be_told_to_end)
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with join_two_nodes("100mbit"):
+            pass
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, handler)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert list_namespaces() == before
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,8 +78,22 @@ def join_two_nodes(rate: str) -> Iterator[tuple[Node, Node]]:
             _limit(node, rate)
         yield one, other
     finally:
-        for node in nodes:
-            _take_down(node)
+        with _undisturbed():
+            for node in nodes:
+                _take_down(node)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no signal interrupt what is done meanwhile."""
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _limit(node: Node, rate: str) -> None:
