@@ -93,19 +93,15 @@ def _find_way(
             if quota[expert, rank] == 0 or looked_at[expert] == number:
                 continue
             looked_at[expert] = number
-            for i in range(-1, num_borrowers[expert]):
-                other = expert // M if i < 0 else borrowers[expert, i]
-                if not first <= other < last or giver_of[other] >= 0:
-                    continue
-                giver_of[other], expert_of[other] = rank, expert
-                if load[other] < most:
-                    return other
-                reached[num_reached] = other
-                num_reached += 1
-            if not uses_slots:
-                continue
-            for other in range(first, last):
-                if held[other] == S or giver_of[other] >= 0:
+            holders = 1 + num_borrowers[expert]
+            for i in range(holders + (last - first) * uses_slots):
+                if i < holders:
+                    other = borrowers[expert, i - 1] if i else expert // M
+                    can_take = first <= other < last
+                else:
+                    other = first + i - holders
+                    can_take = held[other] < S
+                if not can_take or giver_of[other] >= 0:
                     continue
                 giver_of[other], expert_of[other] = rank, expert
                 if load[other] < most:
