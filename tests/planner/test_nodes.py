@@ -178,3 +178,16 @@ def test_exact_rarely_falls_back_to_one_node(nodes):
         assert plan.load_per_rank_after.max() == -(-counts.sum() // 8)
         fell_back += np.array_equal(plan.quota, make_plan(counts, planner="exact").quota)
     assert fell_back <= 2
+
+
+def test_loans_lead_to_ranks_with_room_also_after_some_have_ended():
+    """One slot a rank is enough here, though a loan ends while others are handed on."""
+    loads = [295, 3, 444, 244, 10, 9, 18, 42, 1, 1, 0, 20]
+    loads += [518, 1, 1, 0, 737, 380, 3, 10, 3, 902, 8, 5]
+    counts = np.tile(loads, (6, 1))
+    prices = Prices(weights=5, gradients=10)
+    plan = make_plan(
+        counts, planner="exact", max_foreign=1, topology=Topology(ranks_per_node=2), prices=prices
+    )
+    plan.validate(counts, 1)
+    assert plan.load_per_rank_after.max() == -(-counts.sum() // 6)
