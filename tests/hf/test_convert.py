@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "scripts")]
 
 import convert_hf  # noqa: E402
-from script_runs import find_free_port, run_command  # noqa: E402
+from script_runs import run_command  # noqa: E402
+
+from support.ports import find_free_port  # noqa: E402
 
 SCRIPT = str(ROOT / "tools" / "convert_hf.py")
 

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import psutil
 from warm_start import run_warm
 
 from megatron_llep.offline.launch.flags import format_flags, load_config, parse_extra
+from support.ports import find_free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "pretrain" / "pretrain_gpt.py"
@@ -133,13 +133,6 @@ def config_flags(config: Path, *flags: str, without: Sequence[str] = ()) -> list
     merged = {name: value for part in sections.values() for name, value in part.items()}
     merged |= parse_extra(flags)
     return format_flags({k: v for k, v in merged.items() if k not in without})
-
-
-def find_free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_llep.integration.arguments import add_llep_arguments
 from megatron_llep.offline.launch.flags import load_config
 from megatron_llep.offline.launch.torchrun import choose_environment, layout_world_size
+from support.ports import find_free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -250,12 +250,9 @@ def slurm(tmp_path):
 
 @pytest.mark.timeout(120)
 def test_slurm_script_starts_one_torchrun_a_node(script, slurm):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     runner = start(
         [ROOT / "pretrain/slurm.sh", str(TINY), "--script", str(script), "--", "--seed", "7"],
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(find_free_port()),
         SRUN_ARGS="--mem=0",
         **slurm,
     )

@@ -14,6 +14,7 @@ from megatron_llep.offline.calibration import group
 from megatron_llep.offline.cli import main
 from megatron_llep.offline.ranks import run_ranks
 from megatron_llep.planner.cost.model import CostModel
+from support.ports import find_free_port
 
 SMALL = ["--quick", "--hidden", "16", "--ffn-hidden", "16"]
 
@@ -35,9 +36,7 @@ def be_launched(
 
 def launch(hosts: str, *flags: str, world: int | None = None) -> list[tuple[int, str]]:
     """Status, and what is printed, of a rank on each of these hosts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     size = world or len(hosts)
     return run_ranks(be_launched, len(hosts), hosts, port, size, flags, limit_seconds=200)
 
