@@ -1,5 +1,6 @@
 """All tests run on the CPU, also where GPUs are, unless pytest is run with ``-m gpu``."""
 
+import fcntl
 import os
 import sys
 import warnings
@@ -37,11 +38,24 @@ def gpu_files(pytestconfig: pytest.Config) -> set[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_once() -> None:
-    """In this process, before ranks are forked: together they would compile the same."""
-    from megatron_llep.planner import compile_planners
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In this process, before ranks are forked: together they would compile the same.
 
-    compile_planners()
+    Of two processes that run tests each compiles half, and loads the other's.
+    """
+    from megatron_llep.planner import compile_planners
+    from megatron_llep.planner.compiled import compiled
+
+    halves = {
+        "nodes": lambda: compiled("planners.nodes"),
+        "rest": lambda: compile_planners(nodes=False),
+    }
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    base = tmp_path_factory.getbasetemp()
+    for name in sorted(halves, reverse=worker == "gw1"):
+        with (base.parent if worker else base).joinpath(f"compile-{name}").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            halves[name]()
 
 
 @pytest.fixture(autouse=True)

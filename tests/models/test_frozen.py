@@ -53,8 +53,16 @@ FROZEN: dict[str, Callable[[str], bool]] = {
 }
 
 
-@pytest.mark.parametrize("foreign_weights", ["keep", "refetch"])
-@pytest.mark.parametrize("config", [{}, RECOMPUTE], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("foreign_weights", "config"),
+    [
+        ("keep", {}),
+        ("refetch", RECOMPUTE),
+        pytest.param("keep", RECOMPUTE, marks=pytest.mark.slow),
+        pytest.param("refetch", {}, marks=pytest.mark.slow),
+    ],
+    ids=["keep", "refetch-recomputed", "keep-recomputed", "refetch"],
+)
 def test_partly_frozen_models(foreign_weights, config):
     llep = replace(EAGER, foreign_weights=foreign_weights)
     compare_all(

@@ -40,10 +40,24 @@ def assert_same(lending: Log, plain: Log) -> None:
     assert max(lending.read("overload_factor_after").values()) < 1.1
 
 
-def test_trains_as_plain_megatron_does():
+@pytest.fixture(scope="module")
+def lending() -> Log:
+    return run("*E-E/*E", llep=True, as_user=True)
+
+
+def test_trains_as_plain_megatron_does(lending):
     """Latent experts, in multi-token prediction too."""
-    lending = run("*E-E/*E", llep=True, as_user=True)
     assert_same(lending, run("*E-E/*E", llep=False))
+
+
+def test_first_lines_name_the_device_and_the_added_flags(lending):
+    head = lending.text.split("arguments ---")[0].splitlines()
+    device = [line for line in head if "Megatron runs on the CPU" in line]
+    added = [line for line in head if line.startswith("no GPU: added")]
+    assert len(device) == len(added) == 1  # rank 0 alone
+    words = "--distributed-backend gloo --transformer-impl local --no-masked-softmax-fusion "
+    words += "--no-persist-layer-norm --no-rope-fusion"
+    assert added == [f"no GPU: added {words}"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import tempfile
@@ -93,6 +94,7 @@ class _RankFiles:
 
 def _import_megatron() -> None:
     """Import once, in the parent, what every forked rank needs."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async
     import megatron.core.distributed
     import megatron.core.models.gpt
     import megatron.core.optimizer
@@ -143,6 +145,11 @@ def _call(
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # What a save has written comes back through this. Megatron would start a process for it, which
+    # imports torch again, and does so where a run is started as a user does.
+    filesystem_async._results_queue = queue.Queue()
     if not in_group:
         return function(files.rank, world_size, *args)
     dist.init_process_group(

@@ -6,21 +6,20 @@ import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
 from megatron_llep.offline.calibration import group
 from megatron_llep.offline.cli import main
-from megatron_llep.offline.ranks import run_ranks
 from megatron_llep.planner.cost.model import CostModel
 from support.ports import find_free_port
+from support.ranks import run_ranks
 
 SMALL = ["--quick", "--hidden", "16", "--ffn-hidden", "16"]
 
 
 def be_launched(
-    rank: int, store: Path, hosts: str, port: int, world: int, flags: Sequence[str]
+    rank: int, size: int, hosts: str, port: int, world: int, flags: Sequence[str]
 ) -> tuple[int, str]:
     """Status, and what is printed, of one rank of `world`, each on the host of its letter."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
@@ -37,8 +36,8 @@ def be_launched(
 def launch(hosts: str, *flags: str, world: int | None = None) -> list[tuple[int, str]]:
     """Status, and what is printed, of a rank on each of these hosts."""
     port = find_free_port()
-    size = world or len(hosts)
-    return run_ranks(be_launched, len(hosts), hosts, port, size, flags, limit_seconds=200)
+    arguments = (hosts, port, world or len(hosts), flags)
+    return run_ranks(be_launched, len(hosts), *arguments, timeout=200, in_group=False)
 
 
 @pytest.mark.parametrize(
