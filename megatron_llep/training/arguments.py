@@ -1,5 +1,6 @@
 """The command line of a training script: Megatron's flags, LLEP's, and what is refused."""
 
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 
@@ -43,7 +44,9 @@ def read_arguments(
     """
 
     def add_all(parser: ArgumentParser) -> ArgumentParser:
-        return add_arguments(add_llep_arguments(parser))
+        parser = add_arguments(add_llep_arguments(parser))
+        let_help_print(parser)
+        return parser
 
     # Before Megatron's validation, whose assertions need not name a flag or a remedy ...
     given = parse_args(add_all)
@@ -56,6 +59,13 @@ def read_arguments(
         what_runs, _ = say_what_runs(args, llep)
         check_config(core_transformer_config_from_args(what_runs), llep)
     return args, llep
+
+
+def let_help_print(parser: ArgumentParser) -> None:
+    """Escape percent signs that name no value: Megatron 0.19 has one, at which `--help` fails."""
+    for action in parser._actions:
+        if action.help:
+            action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
 
 
 def say_what_runs(args: Namespace, llep: LLEPConfig) -> tuple[Namespace, list[str]]:

@@ -40,6 +40,17 @@ def test_the_good_command_line_passes(use_command_line):
     assert not check_as_given(parse_args(add_llep_arguments)).enabled
 
 
+def test_help_names_the_flags(use_command_line, capsys):
+    use_command_line(["--help"])
+    with pytest.raises(SystemExit) as ended:
+        read_arguments(lambda parser: parser, lambda args: None)
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "--moe-llep-planner" in out
+    assert "--num-experts" in out
+    assert "%%" not in out
+
+
 BAD = {
     "planner": (
         ["--moe-llep-planner", "best"],
