@@ -37,7 +37,7 @@ def make_run(
         # Near ties of the router's own choice go either way in 16 bits.
         routing=Routing("hot"),
         steps=steps,
-        micro_batches=8,
+        micro_batches=4,
         config=in_16_bits | {"pipeline_dtype": dtype},
         ddp=ddp,
         optimizer=in_16_bits | {"lr": 0.01} | (optimizer or {}),
