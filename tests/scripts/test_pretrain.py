@@ -206,6 +206,7 @@ def test_checkpoints_hold_the_same(plain, lending, folder):
     assert any(key.startswith("optimizer.state.exp_avg.") for key in entries)
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_end_with_the_same_error():
     flags = tiny_flags("--mock-data", "--train-iters", "2")
     without = tiny_flags("--mock-data", "--train-iters", "2", without=["--moe-llep"])
