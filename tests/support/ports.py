@@ -6,6 +6,7 @@ import random
 import socket
 from pathlib import Path
 
+LOWEST, HIGHEST = 10_000, 65_535
 OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -16,7 +17,8 @@ def find_free_port() -> int:
     Each of the processes that run tests draws from ports of its own.
     """
     low, high = map(int, OF_CONNECTIONS.read_text().split())
-    ports = [*range(10_000, low), *range(high + 1, 65_536)]
+    ports = [*range(LOWEST, low), *range(high + 1, HIGHEST + 1)]
+    ports = ports or [*range(LOWEST, HIGHEST + 1)]  # connections may be given any
     own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     ports = ports[own :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
     draw = random.SystemRandom()  # tests may have seeded the other
